@@ -1,0 +1,53 @@
+"""From a dataclass of settings to a command line, once, for every script.
+
+A setting states its type, default and help in one place, its dataclass field. Flags keep the field's name, with
+underscores as in torchrun's own.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, NoReturn, get_args
+
+from llama.errors import UserError
+
+
+def setting(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is also a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def parse(settings: type, argv: Sequence[str] | None = None, description: str | None = None) -> Any:
+    """Build `settings` from the command line. Raises UserError for unknown flags and values of the wrong kind."""
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for entry in fields(settings):
+        flag, metadata = f"--{entry.name}", entry.metadata
+        # `int | None` reads an int; None is only ever the default
+        kind = next((t for t in get_args(entry.type) if t is not type(None)), entry.type)
+        help_text = metadata["help"].replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=help_text)
+            continue
+        required = entry.default is MISSING
+        shown = "required" if required else "default: none" if entry.default is None else f"default: {entry.default}"
+        parser.add_argument(flag, type=kind, choices=metadata["choices"], required=required,
+                            default=None if required else entry.default, help=f"{help_text} ({shown})")
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def run(main: Callable[[], None]) -> NoReturn | None:
+    """Call `main`; a UserError becomes one line on stderr, from rank 0 alone, and exit status 2 on every rank."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,36 @@
+"""Everything that may use the network: fetching models and data sets from the Hugging Face hub, into its own cache."""
+
+from pathlib import Path
+
+from llama.errors import UserError
+
+
+def find_model(name: str) -> Path:
+    """A folder as it is, or the downloaded snapshot of a hub id. Raises UserError when `name` is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"--model {name}: no such folder, expected a Hugging Face folder or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
+        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=10))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
+
+
+def download_dataset(repo: str, pattern: str) -> dict[str, Path] | None:
+    """The train and test file of a data set on the hub; None where the hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return {
+            split: Path(hf_hub_download(repo, pattern.format(split=split), repo_type="dataset", etag_timeout=5))
+            for split in ("train", "test")
+        }
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        return None
