@@ -1,0 +1,152 @@
+"""Score a model folder on a data set: accuracy of the answer word, or perplexity of the whole text.
+
+    python evaluate.py --model runs/imdb-tiny/model --data imdb
+    torchrun --nproc_per_node 4 evaluate.py --model DIR --data imdb --data_dir DIR --limit 1000 --output result.json
+
+Every example is scored exactly once, whatever the number of ranks and the batch size, and no padding is computed.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data import TEMPLATES, DataError, EncodedData, encode_file, is_local_first, resolve
+from llama import pretrained
+from llama.batches import deal, pack
+from llama.cli import parse, run, setting
+from llama.config import ModelConfig
+from llama.errors import UserError
+from llama.hub import find_model
+from llama.model import Llama
+from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = setting(help="a Hugging Face folder, or a hub id")
+    data: str = setting("imdb", "imdb, or a .jsonl or .parquet file, or a folder with train.* and test.*")
+    data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*")
+    split: str = setting("test", "which part to score", choices=("train", "test"))
+    limit: int = setting(0, "score a fixed random choice of this many examples; 0: all")
+    metric: str = setting("accuracy", "accuracy: of the answer word; perplexity: of every token of the rendered text",
+                          choices=("accuracy", "perplexity"))
+    batch_size: int = setting(16, "examples per rank and forward")
+    max_length: int = setting(512, "tokens per example; only the text that may be cut is cut")
+    truncate_side: str = setting("right", "which end of the text is cut", choices=("left", "right"))
+    dtype: str | None = setting(None, "what to compute in; bfloat16 where the device has it, else float32",
+                                choices=("bfloat16", "float32"))
+    output: str | None = setting(None, "write the metrics to this JSON file")
+    predictions: str | None = setting(None, "write one JSON line per example, in the order of the file")
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.limit < 0 or self.max_length < 2:
+            raise UserError("evaluate.py: --batch_size and --max_length must be positive, --limit 0 or more")
+
+
+def answer_ids(template, tokenizer: Tokenizer) -> list[int]:
+    """The first token of each answer word. Raises DataError when two words begin with the same token."""
+    ids = [tokenizer.encode(word, continues=True)[0] for word in template.answers]
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{tokenizer.path}: the answers {template.answers} begin with the same token, so one forward "
+                        "cannot tell them apart")
+    return ids
+
+
+def choose(examples: int, limit: int) -> np.ndarray:
+    """A fixed random choice of `limit` examples (0: all): files are often sorted by label, so not the first ones."""
+    if not 0 < limit < examples:
+        return np.arange(examples)
+    return np.sort(np.random.default_rng(0).permutation(examples)[:limit])
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+def evaluate(
+    model: Llama, data: EncodedData, ranks: Ranks, batch_size: int, limit: int = 0, words: list[int] | None = None,
+    every_token: bool = False,
+) -> tuple[dict, dict[int, int]]:
+    """Metrics over all ranks, and this rank's predictions {example: index of the answer word}.
+
+    `loss` is the sum of the negative log-likelihoods of all labelled tokens divided by their number, in nats: neither
+    batch size nor number of ranks enters. `accuracy`, given the token ids of the answer `words`: how often the right
+    one is the likeliest of them. `every_token` labels the whole text but its first token. Collective.
+    """
+    model.eval()
+    indices = choose(len(data), limit)
+    # Every rank runs the same number of forwards, or a collective inside would wait forever.
+    rounds = -(-len(indices) // (batch_size * ranks.world_size))
+    mine = deal(indices, data.lengths, rounds * ranks.world_size, batch_size)[ranks.rank :: ranks.world_size]
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, labels, right answers, examples
+    predicted = {}
+    for part in tqdm(mine, desc="evaluating", unit=" batches", disable=not ranks.is_first, leave=False):
+        batch = pack(data, part, ranks.device, every_token)
+        inputs = (batch.tokens, batch.documents.positions, batch.documents, batch.rows)
+        if words is None:
+            sums += torch.stack([model(*inputs, batch.targets).double(), *_counts(batch, 0, ranks.device)])
+            continue
+        log_p = model(*inputs).float().log_softmax(-1)
+        loss = -log_p.gather(1, batch.targets[:, None]).sum()
+        firsts = np.cumsum([0, *batch.labels_per_example])[:-1]
+        guesses = log_p[firsts][:, words].argmax(-1).tolist()
+        right = sum(guess == data.answers[i] for i, guess in zip(part, guesses, strict=True))
+        sums += torch.stack([loss.double(), *_counts(batch, right, ranks.device)])
+        predicted |= dict(zip(part, guesses, strict=True))
+    dist.all_reduce(sums)
+    loss, labels, right, examples = sums.tolist()
+    metrics = {"loss": loss / labels} | ({"accuracy": right / examples} if words is not None else {})
+    return metrics | {"n": int(examples)}, predicted
+
+
+def _counts(batch, right: int, device: torch.device) -> Tensor:
+    return torch.tensor([len(batch.targets), right, len(batch.indices)], dtype=torch.float64, device=device)
+
+
+def main() -> None:
+    settings = parse(Settings, description=__doc__)
+    folder = find_model(settings.model)
+    config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    source = resolve(settings.data, settings.data_dir)
+    if settings.split not in source.files:
+        raise DataError(f"--split {settings.split}: {settings.data} has no such file, only {', '.join(source.files)}")
+    template = TEMPLATES["imdb"]
+    data = encode_file(source.files[settings.split], template.name, tokenizer, settings.max_length,
+                       settings.truncate_side, quiet=not is_local_first())
+    words = answer_ids(template, tokenizer) if settings.metric == "accuracy" else None
+    with ranks() as here:
+        dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
+        model = build(config, here, dtype)
+        pretrained.load(model, folder)
+        started = time.perf_counter()
+        metrics, predicted = evaluate(model, data, here, settings.batch_size, settings.limit, words,
+                                      every_token=words is None)
+        seconds = time.perf_counter() - started
+        gathered = [None] * here.world_size
+        dist.all_gather_object(gathered, predicted)
+        if not here.is_first:
+            return
+        if words is None:
+            metrics["perplexity"] = float(np.exp(metrics["loss"]))
+        about = {"model": settings.model, "data": settings.data, "bundled_sample": source.bundled_sample,
+                 "split": settings.split, "ranks": here.world_size}
+        result = about | metrics | {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}
+        print(json.dumps(result, indent=2))
+        if settings.output:
+            Path(settings.output).write_text(json.dumps(result, indent=2) + "\n")
+        if settings.predictions:
+            guesses = {i: guess for part in gathered for i, guess in part.items()}
+            lines = [{"index": i, "prediction": template.answers[guesses[i]].strip(),
+                      "answer": template.answers[data.answers[i]].strip()} for i in sorted(guesses)]
+            Path(settings.predictions).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    run(main)

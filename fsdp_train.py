@@ -1,0 +1,354 @@
+"""Fine-tune a Llama: set up, build, shard, train, save.
+
+    torchrun --nproc_per_node 4 fsdp_train.py --data imdb                       a tiny Llama, from scratch
+    torchrun --nproc_per_node 8 fsdp_train.py --model DIR --data imdb           a Hugging Face folder, on 8 GPUs
+    python fsdp_train.py --model DIR --data reviews.jsonl                       one process, GPU or not
+    torchrun --nnodes 2 --node_rank R --master_addr HOST --nproc_per_node 8 fsdp_train.py ...
+
+The same code runs each of them: CUDA and NCCL where there are GPUs, CPU and gloo where there are none.
+"""
+
+import json
+import math
+import platform
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+from data import TEMPLATES, EncodedData, Source, encode_file, is_local_first, resolve
+from evaluate import answer_ids, evaluate
+from llama import checkpoint, pretrained
+from llama.batches import deal, global_batch_of, pack, total_steps
+from llama.cli import parse, run, setting
+from llama.config import TINY, ModelConfig, read_config
+from llama.errors import UserError
+from llama.hub import find_model
+from llama.journal import Journal, choose_folder, draw_loss_curve, make_folder
+from llama.model import Llama
+from llama.optim import SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
+from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.tokenizer import Tokenizer, load_tokenizer
+
+TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, its default, and what it means."""
+
+    # What
+    model: str = setting("tiny", "tiny (a preset trained from scratch), a Hugging Face folder, or a hub id")
+    data: str = setting("imdb", "imdb, or a .jsonl or .parquet file, or a folder with train.* and test.*")
+    data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*")
+    max_length: int = setting(512, "tokens per example; only the text that may be cut is cut")
+    truncate_side: str = setting("right", "which end of the text is cut", choices=("left", "right"))
+    # How
+    epochs: float | None = setting(None, "passes over the data; 1, and for tiny what its recipe says")
+    max_steps: int = setting(0, "stop after this many optimizer steps; 0: as many as --epochs makes")
+    batch_size: int = setting(16, "examples per rank and micro-batch")
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
+    learning_rate: float | None = setting(None, "peak rate; 2e-5, and for tiny what its recipe says")
+    lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
+    warmup_ratio: float = setting(0.05, "part of the steps over which the rate rises from 0")
+    weight_decay: float = setting(0.0, "decay of matrices, per unit of learning rate; norms and biases never decay")
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: never")
+    seed: int = setting(0, "of the data order and of random weights")
+    # On what
+    dtype: str | None = setting(None, "what to compute in (weights are always kept in float32); bfloat16 where the "
+                                "device has it, else float32", choices=("bfloat16", "float32"))
+    sharding: str = setting("full", "full: a layer's weights are gathered twice a step, grad: once, and kept",
+                            choices=("full", "grad"))
+    defer_gradient_sync: bool = setting(False, "reduce gradients once a step instead of once a micro-batch; keeps "
+                                        "whole fp32 gradients on every rank")
+    activation_checkpointing: str = setting("none", "full: keep only each layer's input and compute the rest again "
+                                            "in the backward", choices=("none", "full"))
+    compile: bool = setting(False, "compile each layer (half a minute at the start)")
+    # What to keep
+    output: str | None = setting(None, "the run's folder; runs/DATA-MODEL, or the next free number of it")
+    eval_every: int = setting(0, "evaluate every N steps; 0: only before and after")
+    eval_limit: int = setting(1000, "held-out examples to evaluate on, a fixed random choice; 0: all")
+    save_every: int = setting(0, "save a checkpoint every N steps; 0: only at the end")
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep; -1: all")
+    resume: bool = setting(False, "continue the run in the output folder from its newest whole checkpoint")
+    log_every: int = setting(1, "write every Nth step to metrics.jsonl")
+
+    def __post_init__(self):
+        wrong = [f"--{name} {value}: expected {expected}" for name, value, expected, fine in (
+            ("epochs", self.epochs, "more than 0", self.epochs is None or 0 < self.epochs < math.inf),
+            ("max_steps", self.max_steps, "0 or more", self.max_steps >= 0),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps, "1 or more",
+             self.gradient_accumulation_steps >= 1),
+            ("learning_rate", self.learning_rate, "more than 0",
+             self.learning_rate is None or 0 < self.learning_rate < math.inf),
+            ("warmup_ratio", self.warmup_ratio, "0 to 1", 0 <= self.warmup_ratio <= 1),
+            ("weight_decay", self.weight_decay, "0 or more", 0 <= self.weight_decay < math.inf),
+            ("max_grad_norm", self.max_grad_norm, "0 or more", 0 <= self.max_grad_norm < math.inf),
+            ("max_length", self.max_length, "2 or more", self.max_length >= 2),
+            ("seed", self.seed, "0 or more", self.seed >= 0),
+            ("eval_every", self.eval_every, "0 or more", self.eval_every >= 0),
+            ("eval_limit", self.eval_limit, "0 or more", self.eval_limit >= 0),
+            ("save_every", self.save_every, "0 or more", self.save_every >= 0),
+            ("keep_checkpoints", self.keep_checkpoints, "1 or more, or -1",
+             self.keep_checkpoints >= 1 or self.keep_checkpoints == -1),
+            ("log_every", self.log_every, "1 or more", self.log_every >= 1),
+        ) if not fine]
+        if wrong:
+            raise UserError(f"fsdp_train.py: {'; '.join(wrong)}")
+
+    def with_recipe(self) -> "Settings":
+        """Fill what was left open: a pretrained model wants a gentle rate, a new one a strong one and more passes."""
+        epochs, rate = (TINY_EPOCHS, TINY_LEARNING_RATE) if self.model == "tiny" else (1.0, 2e-5)
+        return replace(self, epochs=self.epochs or epochs, learning_rate=self.learning_rate or rate)
+
+
+TINY_EPOCHS, TINY_LEARNING_RATE = 8.0, 3e-3
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that is known before the processes join: the model's shape, its tokenizer, the encoded data."""
+
+    config: ModelConfig
+    config_json: dict
+    folder: Path | None  # of the pretrained weights; None: start from random ones
+    tokenizer: Tokenizer
+    source: Source
+    train: EncodedData
+    test: EncodedData | None
+    words: list[int]  # the first token of each answer word
+
+
+def prepare(settings: Settings) -> Task:
+    """Read, check and encode everything. Each process does this alone: nobody waits in a collective for it."""
+    if settings.model == "tiny":
+        folder, config, config_json, tokenizer = None, TINY, TINY.to_dict(), load_tokenizer(TINY_TOKENIZER)
+        config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    else:
+        folder = find_model(settings.model)
+        config_json, config, tokenizer = read_config(folder), ModelConfig.from_folder(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"--model {settings.model}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                        f"{config.vocab_size}")
+    if settings.max_length > config.max_position_embeddings:
+        raise UserError(f"--max_length {settings.max_length}: the model was made for at most "
+                        f"{config.max_position_embeddings} tokens")
+    # The tiny preset belongs to the bundled sample: nothing is downloaded for it.
+    source = resolve(settings.data, settings.data_dir, use_hub=folder is not None)
+    template = TEMPLATES["imdb"]
+    encoded = {
+        split: encode_file(path, template.name, tokenizer, settings.max_length, settings.truncate_side,
+                           quiet=not is_local_first())
+        for split, path in source.files.items()
+    }
+    if "train" not in encoded:
+        raise UserError(f"--data {settings.data}: has no train file")
+    return Task(config, config_json, folder, tokenizer, source, encoded["train"], encoded.get("test"),
+                answer_ids(template, tokenizer))
+
+
+def train(settings: Settings, task: Task, here: Ranks) -> None:
+    """The whole run, from empty shards to the exported model."""
+    began = time.perf_counter()
+    data, say = task.train, print if here.is_first else _nothing
+    global_batch = settings.batch_size * settings.gradient_accumulation_steps * here.world_size
+    if len(data) < global_batch:
+        raise UserError(f"--data {settings.data}: {len(data)} examples, fewer than one global batch of {global_batch}")
+    steps = total_steps(len(data), settings.epochs, global_batch)
+    steps = min(steps, settings.max_steps) or steps
+    dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
+    output = _agreed_folder(settings, here)
+    # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
+    binding = {name: getattr(settings, name) for name in (
+        "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
+        "weight_decay", "max_grad_norm", "seed")}
+    binding |= {"steps": steps, "global_batch": global_batch, "dtype": str(dtype), "data": settings.data,
+                "examples": len(data), "tokens": int(data.lengths.sum()), "bundled_sample": task.source.bundled_sample}
+    _announce(settings, task, here, binding, output, say)
+
+    model = build(task.config, here, dtype, settings.sharding == "full", settings.activation_checkpointing == "full",
+                  settings.compile)
+    if task.folder is None:
+        pretrained.initialize(model, settings.seed)
+    else:
+        pretrained.load(model, task.folder)
+    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay)
+    saved = checkpoint.published(output / "checkpoints")
+    first_step = checkpoint.load(saved[-1], model, optimizer, binding) if settings.resume and saved else 0
+    if settings.resume:
+        say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
+    journal = Journal(output, first_step) if here.is_first else None
+
+    def held_out() -> dict:
+        if task.test is None:
+            return {}
+        metrics, _ = evaluate(model, task.test, here, settings.batch_size, settings.eval_limit, task.words)
+        model.train()
+        return metrics
+
+    before = next((line["held_out"] for line in journal.lines if line["step"] == 0), {}) if journal else {}
+    if first_step == 0:
+        before = after = held_out()
+        if journal and before:
+            journal.write(step=0, held_out=before)
+        say(f"before training: {_told(before)}")
+    model.train()
+    progress = tqdm(total=steps, initial=first_step, unit=" steps", disable=not here.is_first)
+    training_began, trained_tokens, trained_labels, trained_examples = time.perf_counter(), 0, 0, 0
+    for step in range(first_step, steps):
+        step_began = time.perf_counter()
+        indices = global_batch_of(step, len(data), settings.epochs, global_batch, settings.seed)
+        loss, norm, labels = train_step(settings, model, data, indices, here)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the weights were left "
+                            f"as they were; the last checkpoint is {checkpoint.newest_name(output / 'checkpoints')}")
+        rate = learning_rate(step, steps, settings.learning_rate, settings.lr_schedule, settings.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds, tokens = time.perf_counter() - step_began, int(data.lengths[indices].sum())
+        trained_tokens, trained_labels = trained_tokens + tokens, trained_labels + labels
+        trained_examples += len(indices)
+        last, done = step + 1 == steps, step + 1
+        if journal and (done % settings.log_every == 0 or last):
+            journal.write(step=done, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
+                          examples_per_second=len(indices) / seconds, tokens_per_second=tokens / seconds,
+                          peak_memory_bytes=_peak_memory(here.device), seconds=seconds)
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if last or (settings.eval_every and done % settings.eval_every == 0):
+            after = held_out()
+            if journal and after:
+                journal.write(step=done, held_out=after)
+                progress.write(f"step {done}: {_told(after)}")
+        if last or (settings.save_every and done % settings.save_every == 0):
+            checkpoint.save(output / "checkpoints", done, model, optimizer, binding, settings.keep_checkpoints)
+    progress.close()
+    train_seconds = time.perf_counter() - training_began
+    if first_step == steps:
+        after = held_out()
+
+    if here.is_first:
+        shutil.rmtree(output / "model", ignore_errors=True)  # only ever this run's own, from an interrupted export
+    dist.barrier()
+    pretrained.export(model, output / "model", task.config_json, task.tokenizer.files)
+    peak = torch.tensor(_peak_memory(here.device), dtype=torch.int64, device=here.device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if journal:
+        journal.close()
+        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.source)}")
+        summary = {
+            "data": settings.data, "bundled_sample": task.source.bundled_sample, "model": settings.model,
+            "ranks": here.world_size, "steps": steps, "examples": trained_examples, "tokens": trained_tokens,
+            "labels": trained_labels, "train_seconds": train_seconds, "total_seconds": time.perf_counter() - began,
+            "examples_per_second": trained_examples / train_seconds,
+            "tokens_per_second": trained_tokens / train_seconds,
+            "peak_memory_bytes": int(peak), "before": before, "after": after,
+        }
+        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        say(f"before: {_told(before)}\nafter:  {_told(after)}")
+        say(f"{trained_examples / train_seconds:.1f} examples and {trained_tokens / train_seconds:.0f} tokens a "
+            f"second; model/, loss.png, metrics.jsonl and summary.json are in {output}")
+
+
+def train_step(
+    settings: Settings, model: Llama, data: EncodedData, indices: list[int], here: Ranks
+) -> tuple[float, float, int]:
+    """Gradients of one optimizer step, clipped. Returns its loss, the gradient's norm before clipping, its labels.
+
+    loss = sum of token losses over the whole global batch / number of labels in the whole global batch: all
+    micro-batches, all ranks. A mean of means would give tokens of a batch with few labels too much weight.
+    """
+    labels = int(data.label_counts[indices].sum())
+    if labels == 0:
+        raise UserError(f"--data {settings.data}: examples {indices[:5]} ... of one step hold no label to learn from")
+    micro_batches = deal(indices, data.lengths, settings.gradient_accumulation_steps * here.world_size,
+                         settings.batch_size)[here.rank :: here.world_size]
+    total = torch.zeros((), device=here.device)
+    for i, part in enumerate(micro_batches):
+        batch = pack(data, part, here.device)
+        model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(micro_batches) - 1)
+        loss = model(batch.tokens, batch.documents.positions, batch.documents, batch.rows, batch.targets)
+        # FSDP averages gradients over ranks; the loss is a sum over them, hence the factor.
+        (loss * (here.world_size / labels)).backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    norm = gradient_norm(model)
+    if norm.isfinite():
+        clip_gradients(model, norm, settings.max_grad_norm)
+    return float(total) / labels, float(norm), labels
+
+
+def _agreed_folder(settings: Settings, here: Ranks) -> Path:
+    """Rank 0 looks and decides; two ranks that look might see different things."""
+    name = f"runs/{Path(settings.data).stem}-{Path(settings.model).name}"
+    answer = [None]
+    if here.is_first:
+        try:
+            answer = [choose_folder(settings.output, name, settings.resume)]
+            make_folder(answer[0])
+        except UserError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def _announce(settings: Settings, task: Task, here: Ranks, binding: dict, output: Path, say) -> None:
+    """Print and save what this run is, with every default resolved."""
+    resolved = asdict(settings) | {k: binding[k] for k in ("dtype", "steps", "global_batch", "bundled_sample")}
+    resolved |= {"output": str(output), "ranks": here.world_size, "device": str(here.device.type)}
+    if here.is_first:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        data = {"train": len(task.train), "test": len(task.test) if task.test else 0,
+                "truncated": task.train.truncated, "rejected": task.train.rejected_count}
+        about = {"settings": resolved, "examples": data, "versions": versions}
+        (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
+    if task.source.bundled_sample:
+        say("DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that")
+    if task.train.rejected_count:
+        say(f"{task.train.rejected_count} rows were left out, too long without their text: {task.train.rejected[0]}")
+
+
+def _named(source: Source) -> str:
+    return f"{source.name} (bundled sample)" if source.bundled_sample else source.name
+
+
+def _told(metrics: dict) -> str:
+    if not metrics:
+        return "no held-out data"
+    return ", ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in metrics.items())
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator where there is one, else the most this process ever had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _nothing(*_) -> None:
+    pass
+
+
+@record  # gives torchrun the real traceback of the rank that failed first
+def main() -> None:
+    settings = parse(Settings, description=__doc__).with_recipe()
+    task = prepare(settings)
+    with ranks() as here:
+        train(settings, task, here)
+
+
+if __name__ == "__main__":
+    run(main)

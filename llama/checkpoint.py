@@ -1,0 +1,120 @@
+"""Saved states of a run that exist whole or not at all.
+
+    checkpoints/step-000100/
+        model.safetensors         trainable weights in fp32, under Hugging Face names without the prefix
+        optimizer.safetensors     both moments of AdamW
+        state.json                step, and what the run must agree with to continue from here
+
+Every rank writes its own slices into shared files under a temporary name; when all are on disk, rank 0 renames the
+folder. Files hold whole tensors, so they can be read back by any number of ranks; and nothing in them is a pickle.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from llama.pretrained import read_tensors, write_tensors
+from torch import nn
+
+from llama.errors import UserError
+from llama.optim import optimizer_tensors, set_optimizer_step
+
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be continued from."""
+
+
+def published(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first. A name still being written ends differently."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+
+
+def newest_name(folder: Path) -> str:
+    """For messages: the newest whole checkpoint, or that there is none."""
+    found = published(folder)
+    return str(found[-1]) if found else "none yet"
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, keep: int
+) -> Path:
+    """Write `folder/step-NNNNNN` and drop all but the newest `keep` (-1: keep all). Collective.
+
+    Raises WeightsError, on every rank, when any rank cannot write; then nothing has been published or dropped.
+    """
+    target = folder / f"step-{step:06d}"
+    written = target.with_suffix(".tmp")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(written, ignore_errors=True)  # of a run that died while saving
+        written.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_tensors(weights, written, "model")
+    write_tensors(optimizer_tensors(model, optimizer), written, "optimizer")
+    if first:
+        state = {"step": step, "ranks": dist.get_world_size(), "settings": settings}
+        write_durably(written / "state.json", json.dumps(state, indent=2) + "\n")
+        _sync(written)
+        written.rename(target)
+        _sync(folder)
+        if keep > 0:
+            for old in published(folder)[:-keep]:
+                _delete(old)
+    dist.barrier()
+    return target
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> int:
+    """Fill model and optimizer from a checkpoint written by any number of ranks; returns its step.
+
+    Raises CheckpointError, naming each difference, when it was made with other `settings`.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        step, saved = int(state["step"]), dict(state["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's state ({error})") from None
+    differing = [f"{k} was {saved.get(k)!r}, is {settings.get(k)!r}"
+                 for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
+    if differing:
+        raise CheckpointError(f"{path}: made with other settings: {'; '.join(differing)}")
+    read_tensors({name: p for name, p in model.named_parameters() if p.requires_grad}, path, "model")
+    read_tensors(optimizer_tensors(model, optimizer), path, "optimizer")
+    set_optimizer_step(optimizer, step)
+    return step
+
+
+def _delete(path: Path) -> None:
+    """Rename first: a crash halfway must not leave half a checkpoint under a whole one's name."""
+    doomed = path.with_suffix(".old")
+    try:
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        warnings.warn(f"{path}: could not be deleted ({error.strerror})", stacklevel=2)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is on disk before this returns."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, as fsync does the content of a file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,109 @@
+"""The folder of one run: what was asked (run.json), what happened (metrics.jsonl, loss.png), what came of it."""
+
+import json
+import os
+from pathlib import Path
+
+from llama.errors import UserError
+
+
+def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
+    """Where this run writes. A former run's folder is only ever continued, and only when asked.
+
+    Without a wish, `default`, or the first free of default-2, default-3, ...; to resume, the newest of those.
+    Raises UserError for a wished folder that is taken, or to resume where no run of ours is.
+    """
+    if wanted is not None:
+        folder = Path(wanted)
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if resume and not (folder / "run.json").is_file():
+            raise UserError(f"--resume: {folder} holds no run (no run.json)")
+        if taken and not resume:
+            raise UserError(f"--output {folder}: exists already; name another folder, or continue it with --resume")
+        return folder
+    number, folder = 1, Path(default)
+    while folder.exists():
+        number += 1
+        folder = Path(f"{default}-{number}")
+    if resume:
+        if number == 1:
+            raise UserError(f"--resume: there is no run to continue at {default}")
+        return Path(default if number == 2 else f"{default}-{number - 1}")
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}") from None
+
+
+class Journal:
+    """Appends one whole line a step to metrics.jsonl; a crash can only ever lose the line being written."""
+
+    def __init__(self, folder: Path, resumed_step: int = 0):
+        self.path = folder / "metrics.jsonl"
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        rewritten = self.path.with_suffix(".tmp")
+        rewritten.write_text(text)
+        os.replace(rewritten, self.path)  # steps after the checkpoint will be done, and written, again
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **line) -> None:
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; a line cut short by a crash is left out, and so is all after it."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
+    """Training loss (every step, and its running mean), held-out loss and accuracy where they were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if not train:
+        return
+    steps, losses = zip(*train, strict=True)
+    smooth, mean = [], losses[0]
+    for loss in losses:
+        mean += (loss - mean) * max(0.05, 1 / (len(smooth) + 1))
+        smooth.append(mean)
+    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axis.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss, each step")
+    axis.plot(steps, smooth, color="#08519c", linewidth=1.8, label="training loss, running mean")
+    tested = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
+    if tested:
+        axis.plot([s for s, _ in tested], [m["loss"] for _, m in tested], "o-", color="#d94801", label="held-out loss")
+    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title, ylim=(0, None))
+    axis.grid(alpha=0.25)
+    handles, labels = axis.get_legend_handles_labels()
+    if any("accuracy" in m for _, m in tested):
+        right = axis.twinx()
+        right.plot([s for s, _ in tested], [m["accuracy"] for _, m in tested], "s--", color="#238b45",
+                   label="held-out accuracy")
+        right.set(ylabel="accuracy", ylim=(0, 1.02))
+        more = right.get_legend_handles_labels()
+        handles, labels = handles + more[0], labels + more[1]
+    axis.legend(handles, labels, fontsize=8, loc="center right")
+    figure.tight_layout()
+    figure.savefig(out)
+    plt.close(figure)

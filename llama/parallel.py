@@ -1,0 +1,125 @@
+"""Processes, devices and sharding, applied to a finished model from outside. The model never knows.
+
+The order is fixed: build on the meta device -> checkpoint activations per layer -> compile per layer -> shard per
+layer, then the rest -> allocate the shards -> load. One code path serves any number of ranks, one included.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from llama.config import ModelConfig
+from llama.errors import UserError
+from llama.model import Llama
+
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others in a collective before it gives up
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the other processes that torchrun started, or stand alone where there is no torchrun.
+
+    CUDA and NCCL where there are GPUs, CPU and gloo where there are none. Raises UserError when a node was given more
+    processes than it has GPUs.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # The local rank: on the second of two 8-GPU nodes ranks 8-15 own devices 0-7.
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU of its own: expected --nproc_per_node to be at most "
+                            f"the {torch.cuda.device_count()} of this node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # After a restart by torchrun the store still holds the dead attempt's addresses: each attempt its own keys.
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    else:
+        store = dist.HashStore()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        yield Ranks(rank, world_size, device, init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",)))
+    finally:
+        dist.destroy_process_group()
+
+
+def preferred_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies in it natively, fp32 where bf16 would be emulated, several times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capable = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capable.get("avx512_bf16") or capable.get("amx_bf16") else torch.float32
+
+
+def build(
+    config: ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> Llama:
+    """A sharded Llama whose memory is allocated but not filled: `pretrained.load` or `initialize` comes next.
+
+    Weights, gradients and optimizer state live in fp32, one slice a rank; `dtype` is what is gathered and computed
+    in. Small updates survive: bf16 weights would round most of them away.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    for layer in model.layers:
+        if compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if activation_checkpointing:
+            checkpoint_activations(layer)
+    shard(model, ranks.mesh, dtype, reshard_after_forward)
+    model.to_empty(device=ranks.device)
+    return model
+
+
+def checkpoint_activations(layer: nn.Module) -> None:
+    """Keep only the layer's input and compute the rest again in the backward: memory for one more forward.
+
+    `forward` is replaced on the instance, so no wrapper module appears in parameter names. Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174
+    """
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    """FSDP2: each rank keeps a slice of every weight, and a layer is whole only while it computes.
+
+    With reshard_after_forward a layer's weights are dropped again until the backward (ZeRO-3); without, they stay
+    gathered in between (ZeRO-2): less to send, more memory. Zhao et al. 2023, https://arxiv.org/abs/2304.11277
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # Embedding, last norm and lm_head together: a tied weight must be in one unit to stay one weight.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
