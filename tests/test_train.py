@@ -1,0 +1,288 @@
+"""The whole run: resumed equals uninterrupted, bad input stops it in one line, a killed rank ends it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+
+import fsdp_train
+from llama import checkpoint
+from llama.errors import UserError
+from llama.parallel import Ranks
+
+ROOT = Path(fsdp_train.__file__).parent
+WORDS = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
+
+
+def write_reviews(folder: Path, count: int = 40) -> Path:
+    """Reviews of very different lengths, so that ranks and micro-batches never hold equal numbers of tokens."""
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = [{"text": " ".join(WORDS[i % 2][j % 3] for j in range(1 + (7 * i) % 41)), "label": i % 2}
+                for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(data: Path, output: Path, **changes) -> fsdp_train.Settings:
+    base = dict(data=str(data), output=str(output), epochs=2.0, batch_size=4, max_length=192, dtype="float32",
+                eval_limit=8, learning_rate=1e-3)
+    return fsdp_train.Settings(**(base | changes)).with_recipe()
+
+
+def run_here(chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:
+    """`fsdp_train.main` inside a test worker's own process group; optionally dies like a crash would, mid-run."""
+    here = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"),
+                 init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",)))
+    real, calls = fsdp_train.train_step, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == die_in_step:
+            raise ConnectionError("pulled the plug")
+        return real(*args)
+
+    fsdp_train.train_step = dying
+    try:
+        fsdp_train.train(chosen, fsdp_train.prepare(chosen), here)
+    except ConnectionError:
+        assert die_in_step
+    finally:
+        fsdp_train.train_step = real
+
+
+def steps_of(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for line in lines if "loss" in line]
+
+
+def final_state(output: Path) -> dict:
+    newest = checkpoint.published(output / "checkpoints")[-1]
+    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path_factory.getbasetemp() / "llama-cache"))
+
+
+def in_workers(folder: Path, chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:
+    os.environ["LLAMA_CACHE"] = str(folder)
+    run_here(chosen, die_in_step)
+
+
+@pytest.mark.parametrize(("size", "die_in_step"), [(1, 4), (2, 4), (2, 6)])
+def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(ranks, tmp_path, size, die_in_step):
+    """C48, R1, R25: mid-epoch (step 4) and after an epoch's edge (step 6 of 5 + 5); weights, moments, losses."""
+    data, batch = write_reviews(tmp_path / "data"), 8 // size
+    whole = settings(data, tmp_path / "whole", batch_size=batch)
+    ranks(size, in_workers, tmp_path / "cache", whole)
+    crashed = settings(data, tmp_path / "crashed", batch_size=batch, save_every=2)
+    ranks(size, in_workers, tmp_path / "cache", crashed, die_in_step)
+    assert not (tmp_path / "crashed/model").exists()
+    ranks(size, in_workers, tmp_path / "cache", settings(data, tmp_path / "crashed", batch_size=batch, save_every=2,
+                                                         resume=True))
+    assert steps_of(tmp_path / "crashed") == steps_of(tmp_path / "whole")
+    assert [line["step"] for line in steps_of(tmp_path / "crashed")] == list(range(1, 11))
+    expected, found = final_state(tmp_path / "whole"), final_state(tmp_path / "crashed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_resumed_twice_equals_the_uninterrupted_one_bitwise(ranks, tmp_path):
+    """C48: the second resume is where drift shows."""
+    data = write_reviews(tmp_path / "data")
+    ranks(1, in_workers, tmp_path / "cache", settings(data, tmp_path / "whole", batch_size=8))
+    out = tmp_path / "crashed"
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1), 3)
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume=True), 4)
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume=True))
+    assert steps_of(out) == steps_of(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path / "whole").values(),
+                                                 final_state(out).values(), strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 2), (2, 3)])
+def test_a_run_resumes_on_another_number_of_ranks(ranks, tmp_path, before, after):
+    """C48, R6: the same global batches, so the same curve to fp32 rounding."""
+    data = write_reviews(tmp_path / "data", 48)
+    ranks(1, in_workers, tmp_path / "cache", settings(data, tmp_path / "whole", batch_size=12))
+    out = tmp_path / "moved"
+    ranks(before, in_workers, tmp_path / "cache", settings(data, out, batch_size=12 // before, save_every=3), 5)
+    ranks(after, in_workers, tmp_path / "cache", settings(data, out, batch_size=12 // after, save_every=3, resume=True))
+    expected, found = steps_of(tmp_path / "whole"), steps_of(out)
+    assert len(expected) == len(found) == 8
+    for a, b in zip(expected, found, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def run_command(*arguments: str, cwd: Path, cache: Path, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess:
+    launcher = ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks
+                else [sys.executable])
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    environment |= {"LLAMA_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, str(ROOT / "fsdp_train.py"), *arguments], cwd=cwd, env=environment, text=True,
+                          capture_output=True, timeout=300, **kwargs)
+
+
+def test_the_plain_command_runs_twice_and_keeps_the_first_result(tmp_path):
+    """R17: the README's command on one process; the second run gets a folder of its own."""
+    data = write_reviews(tmp_path / "data")
+    arguments = ("--data", str(data), "--max_steps", "2", "--batch_size", "4", "--eval_limit", "8")
+    first = run_command(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "runs/data-tiny"
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path.name for path in run.iterdir()} == {"run.json", "metrics.jsonl", "loss.png", "summary.json", "model",
+                                                     "checkpoints"}
+    second = run_command(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert second.returncode == 0 and (tmp_path / "runs/data-tiny-2/summary.json").exists()
+    assert kept == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == {
+        "data", "bundled_sample", "model", "ranks", "steps", "examples", "tokens", "labels", "train_seconds",
+        "total_seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes", "before", "after"}
+    assert summary["steps"] == 2 and summary["examples"] == summary["labels"] == 8
+    from transformers import AutoModelForCausalLM
+
+    opened = AutoModelForCausalLM.from_pretrained(run / "model")
+    trained = {k: v.bfloat16() for k, v in load_file(run / "checkpoints/step-000002/model.safetensors").items()}
+    assert torch.equal(opened.model.layers[1].mlp.up_proj.weight.bfloat16(), trained["layers.1.mlp.up_proj.weight"])
+
+
+BAD = {
+    "unknown flag": (["--learning_rat", "1"], "learning_rat"),
+    "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no such model": (["--model", "nowhere"], "nowhere"),
+    "too few examples": (["--batch_size", "1000"], "fewer than one global batch"),
+    "too long for the model": (["--max_length", "100000"], "--max_length 100000"),
+    "several at once": (["--batch_size", "0", "--epochs", "-1"], "--epochs -1.0"),
+    "taken output": (["--output", "."], "exists already"),
+    "nothing to resume": (["--resume", "--output", "empty"], "no run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, case, monkeypatch, capsys):
+    """No traceback for a user's mistake; nothing is written."""
+    data = write_reviews(tmp_path / "data")
+    arguments, expected = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), *arguments])
+    before = sorted(p for p in tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        fsdp_train.run(fsdp_train.main)
+    told = capsys.readouterr().err.strip().splitlines()
+    told = [line for line in told if line.strip() and " rows" not in line]
+    assert stopped.value.code == 2 and len(told) == 1 and expected in told[0], told
+    assert not [p for p in tmp_path.rglob("*.safetensors")] and before[0].exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(ranks, tmp_path):
+    """C4, R11: every rank raises, naming the step and the newest whole checkpoint, which is untouched."""
+    assert ranks(2, stopped_by_nan, tmp_path) == [True, True]
+
+
+def stopped_by_nan(folder: Path) -> bool:
+    os.environ["LLAMA_CACHE"] = str(folder / "cache")
+    if dist.get_rank() == 0:
+        write_reviews(folder / "data")
+    dist.barrier()
+    chosen = settings(folder / "data", folder / "out", save_every=1)
+    real, updates = fsdp_train.learning_rate, []
+
+    def poison(step, *rest):  # called just before each update: the third update is an infinite step
+        updates.append(step)
+        return float("inf") if step == 2 else real(step, *rest)
+
+    fsdp_train.learning_rate = poison
+    try:
+        run_here(chosen)
+    except UserError as error:
+        told = str(error)
+    finally:
+        fsdp_train.learning_rate = real
+    # Update 3 broke the weights, so step 4 sees it and makes no update: 3 were made, the checkpoint of 3 is the newest.
+    return updates == [0, 1, 2] and "step 4" in told and "\n" not in told and not (folder / "out/model").exists()
+
+
+def wait_for(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_killing_one_rank_ends_all_within_30_seconds_and_names_it(tmp_path, killed_rank):
+    """R9: kill -9 mid-step under torchrun; then --resume finishes the run from the newest whole checkpoint."""
+    data, out = write_reviews(tmp_path / "data", 400), tmp_path / "out"
+    arguments = ["--data", str(data), "--output", str(out), "--batch_size", "4", "--save_every", "2", "--eval_limit",
+                 "8", "--epochs", "2"]
+    environment = os.environ | {"LLAMA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    log = open(tmp_path / "log", "w")
+    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                              str(ROOT / "fsdp_train.py"), *arguments], env=environment, stdout=log, stderr=log)
+    try:
+        assert wait_for(lambda: len(checkpoint.published(out / "checkpoints")) >= 2, 120)
+        workers = children(agent.pid)
+        victim = next(p for p in workers if f"RANK={killed_rank}".encode() in environ_of(p))
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        agent.wait(timeout=60)
+        assert time.monotonic() - began < 30 and agent.returncode != 0
+        assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in workers), 5)
+    finally:
+        agent.kill()
+        log.close()
+    told = (tmp_path / "log").read_text()
+    assert re.search(rf"rank\s*:\s*{killed_rank}\b", told) and "-9" in told
+
+    done = run_command(*arguments, "--resume", "--max_steps", "0", cwd=tmp_path, cache=tmp_path / "cache", ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = steps_of(out)
+    assert [line["step"] for line in lines] == list(range(1, 101))
+    assert (out / "model/config.json").exists()
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environ_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def test_devices_come_from_the_local_rank(monkeypatch):
+    """C46: rank 9 of two 8-GPU nodes computes on the second GPU of its own node."""
+    from llama import parallel
+
+    chosen = []
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: None)
+    with parallel.ranks() as here:
+        assert here.device == torch.device("cuda", 1) and here.rank == 9
+    assert chosen == [torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match="local rank 8 has no GPU"), parallel.ranks():
+        pass
