@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text, object_pairs_hook=_without_repetition)
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: byte {error.start} is not UTF-8") from None
             except (ValueError, RecursionError) as error:
@@ -100,6 +102,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             if not isinstance(row, dict):
                 raise DataError(f"{where}: found {type(row).__name__}, expected a JSON object")
             yield where, row
+
+
+def _without_repetition(pairs: list) -> dict:
+    """json would silently keep the last of two values under one name."""
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("a field comes twice")
+    return fields
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -160,12 +169,16 @@ class ImdbTemplate:
         """Segments of one row and the index of its answer. Raises DataError when the fields do not fit."""
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or type(label) is not int:
-            found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items())
+            found = ", ".join(f"{key!r:.40}: {type(value).__name__}" for key, value in list(row.items())[:8])
             raise DataError(f"{where}: found fields {{{found}}}, expected {{text: str, label: int}}")
         if label not in (0, 1):
             raise DataError(f"{where}: label is {label}, expected 0 (negative) or 1 (positive)")
         if not text.strip():
             raise DataError(f"{where}: text is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # an escape in JSON can smuggle half a character in
+            raise DataError(f"{where}: character {error.start} of text is a lone surrogate, not Unicode") from None
         prompt = [Segment(self.before), Segment(text, may_cut=True), Segment(self.after)]
         return [*prompt, Segment(self.answers[label], answer=True)], label
 
@@ -177,10 +190,13 @@ TEMPLATES = {"imdb": ImdbTemplate()}
 
 
 def encode_rows(
-    rows: list[list[Segment]], tokenizer: Tokenizer, max_length: int, truncate_side: str
-) -> list[tuple[list[int], list[bool]] | None]:
-    """Ids and, for each, whether it is part of the answer; None where the uncuttable parts alone exceed max_length.
+    rows: list[list[Segment]], tokenizer: Tokenizer, max_length: int, truncate_side: str, answer_room: int = 0
+) -> list[tuple[list[int], list[bool], bool] | None]:
+    """Ids, for each whether it is part of the answer, and whether any were cut; None where the uncuttable parts alone
+    exceed max_length.
 
+    At least `answer_room` tokens are kept free for the answer: given the length of the longest one, a prompt is cut
+    alike whatever its answer, and also without one, at inference.
     All texts of the rows go to the tokenizer in two batches (text beginnings and continuations), which it encodes
     on all cores.
     """
@@ -195,7 +211,9 @@ def encode_rows(
     encoded = []
     for segments in rows:
         pieces = [list(ids[i > 0][segment.text]) for i, segment in enumerate(segments)]
-        excess = sum(map(len, pieces)) - max_length
+        answer = sum(len(piece) for piece, segment in zip(pieces, segments, strict=True) if segment.answer)
+        excess = sum(map(len, pieces)) + max(0, answer_room - answer) - max_length
+        was_cut = excess > 0
         for piece, segment in zip(pieces, segments, strict=True):
             if segment.may_cut and excess > 0:
                 begin = int(piece is pieces[0] and tokenizer.bos_id is not None)  # the beginning of text stays
@@ -207,7 +225,7 @@ def encode_rows(
             encoded.append(None)
             continue
         is_answer = [s.answer for s, piece in zip(segments, pieces, strict=True) for _ in piece]
-        encoded.append(([i for piece in pieces for i in piece], is_answer))
+        encoded.append(([i for piece in pieces for i in piece], is_answer, was_cut))
     return encoded
 
 
@@ -255,16 +273,20 @@ def encode_file(
     key = hashlib.sha256(f"{key} {template} {max_length} {truncate_side}".encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if not folder.exists():
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.with_suffix(".lock")) as alone:
             if not folder.exists():
-                for left_over in folder.parent.glob(f"{key}.tmp*"):  # of a process that died at it
-                    shutil.rmtree(left_over, ignore_errors=True)
-                made = folder.with_suffix(f".tmp{os.getpid()}")
+                if alone:  # or they may be another machine's, still at it
+                    for left_over in folder.parent.glob(f"{key}.tmp*"):  # of a process that died at it
+                        shutil.rmtree(left_over, ignore_errors=True)
+                made = folder.with_suffix(f".tmp-{platform.node()}-{os.getpid()}")
                 made.mkdir()
                 try:
                     _encode_into(made, path, TEMPLATES[template], tokenizer, max_length, truncate_side, quiet)
-                    with suppress(FileExistsError, OSError):  # another machine may have published the same content
+                    try:
                         made.rename(folder)
+                    except OSError as error:
+                        if not folder.exists():  # else another machine has published the same content
+                            raise DataError(f"{folder}: {error.strerror}, expected to put encoded data there") from None
                 finally:
                     shutil.rmtree(made, ignore_errors=True)
     return EncodedData(folder)
@@ -301,11 +323,15 @@ def _digest(paths: list[Path]) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Wait until no other process is in this block; False where nothing can promise that."""
     with open(path, "w") as file:
-        with suppress(OSError):  # some network file systems have no locks: then two may do the same work, safely
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:  # some network file systems have no locks: then two may do the same work, safely
+            alone = False
+        yield alone
 
 
 def _encode_into(
@@ -314,22 +340,24 @@ def _encode_into(
     """Encode a file of any size in batches of rows; only the lengths are held in memory."""
     lengths, label_counts, answers, rejected, truncated, rejected_count = [], [], [], [], 0, 0
     rows = (template.render(row, where) + (where,) for where, row in read(path))
+    answer_room = max(map(len, tokenizer.encode_batch(list(template.answers), continues=True)))
     with open(folder / "tokens.raw", "wb") as tokens, open(folder / "is_answer.raw", "wb") as is_answer, \
             tqdm(desc=f"encoding {path.name}", unit=" rows", disable=quiet, leave=False) as progress:
         while batch := list(itertools.islice(rows, 2000)):
-            encoded = encode_rows([segments for segments, _, _ in batch], tokenizer, max_length, truncate_side)
+            segments = [segments for segments, _, _ in batch]
+            encoded = encode_rows(segments, tokenizer, max_length, truncate_side, answer_room)
             for (_, answer, where), example in zip(batch, encoded, strict=True):
                 if example is None:
                     rejected_count += 1
                     rejected += [where] * (len(rejected) < 5)
                     continue
-                ids, mask = example
+                ids, mask, was_cut = example
                 np.asarray(ids, np.int32).tofile(tokens)
                 np.asarray(mask, np.bool_).tofile(is_answer)
                 lengths.append(len(ids))
                 label_counts.append(sum(mask))
                 answers.append(answer)
-                truncated += len(ids) == max_length
+                truncated += was_cut
             progress.update(len(batch))
     if not lengths:
         if rejected_count:

@@ -34,7 +34,7 @@ class Settings:
     model: str = setting(help="a Hugging Face folder, or a hub id")
     data: str = setting("imdb", "imdb, or a .jsonl or .parquet file, or a folder with train.* and test.*")
     data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*")
-    split: str = setting("test", "which part to score", choices=("train", "test"))
+    split: str = setting("test", "which part to score; a single file is scored whole", choices=("train", "test"))
     limit: int = setting(0, "score a fixed random choice of this many examples; 0: all")
     metric: str = setting("accuracy", "accuracy: of the answer word; perplexity: of every token of the rendered text",
                           choices=("accuracy", "perplexity"))
@@ -47,8 +47,12 @@ class Settings:
     predictions: str | None = setting(None, "write one JSON line per example, in the order of the file")
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.limit < 0 or self.max_length < 2:
-            raise UserError("evaluate.py: --batch_size and --max_length must be positive, --limit 0 or more")
+        wrong = [f"--{name} {getattr(self, name)}: expected {least} or more" for name, least in (
+            ("batch_size", 1), ("limit", 0), ("max_length", 2)) if getattr(self, name) < least]
+        if self.predictions and self.metric != "accuracy":  # nothing is predicted, so the file would be empty
+            wrong.append(f"--predictions {self.predictions}: expected --metric accuracy with it")
+        if wrong:
+            raise UserError(f"evaluate.py: {'; '.join(wrong)}")
 
 
 def answer_ids(template, tokenizer: Tokenizer) -> list[int]:
@@ -82,7 +86,7 @@ def evaluate(
     indices = choose(len(data), limit)
     # Every rank runs the same number of forwards, or a collective inside would wait forever.
     rounds = -(-len(indices) // (batch_size * ranks.world_size))
-    mine = deal(indices, data.lengths, rounds * ranks.world_size, batch_size)[ranks.rank :: ranks.world_size]
+    mine = deal(indices.tolist(), data.lengths, rounds * ranks.world_size, batch_size)[ranks.rank :: ranks.world_size]
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, labels, right answers, examples
     predicted = {}
     for part in tqdm(mine, desc="evaluating", unit=" batches", disable=not ranks.is_first, leave=False):
@@ -114,12 +118,17 @@ def main() -> None:
     config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    if settings.max_length > config.max_position_embeddings:
+        raise UserError(f"--max_length {settings.max_length}: the model was made for at most "
+                        f"{config.max_position_embeddings} tokens")
     source = resolve(settings.data, settings.data_dir)
-    if settings.split not in source.files:
-        raise DataError(f"--split {settings.split}: {settings.data} has no such file, only {', '.join(source.files)}")
+    lone_file = source.files.get("train") == Path(settings.data)  # then no split was named by the file
+    split = "train" if lone_file else settings.split
+    if split not in source.files:
+        raise DataError(f"--split {split}: {settings.data} has no such file, only {', '.join(source.files)}")
     template = TEMPLATES["imdb"]
-    data = encode_file(source.files[settings.split], template.name, tokenizer, settings.max_length,
-                       settings.truncate_side, quiet=not is_local_first())
+    data = encode_file(source.files[split], template.name, tokenizer, settings.max_length, settings.truncate_side,
+                       quiet=not is_local_first())
     words = answer_ids(template, tokenizer) if settings.metric == "accuracy" else None
     with ranks() as here:
         dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
@@ -136,16 +145,24 @@ def main() -> None:
         if words is None:
             metrics["perplexity"] = float(np.exp(metrics["loss"]))
         about = {"model": settings.model, "data": settings.data, "bundled_sample": source.bundled_sample,
-                 "split": settings.split, "ranks": here.world_size}
+                 "split": None if lone_file else split, "rejected": data.rejected_count, "ranks": here.world_size}
         result = about | metrics | {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}
         print(json.dumps(result, indent=2))
         if settings.output:
-            Path(settings.output).write_text(json.dumps(result, indent=2) + "\n")
+            _write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
             guesses = {i: guess for part in gathered for i, guess in part.items()}
             lines = [{"index": i, "prediction": template.answers[guesses[i]].strip(),
                       "answer": template.answers[data.answers[i]].strip()} for i in sorted(guesses)]
-            Path(settings.predictions).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            _write("predictions", settings.predictions, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _write(flag: str, path: str, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: {error.strerror}, expected a file that can be written") from None
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
         kind = next((t for t in get_args(entry.type) if t is not type(None)), entry.type)
         help_text = metadata["help"].replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action="store_true", help=help_text)
+            parser.add_argument(flag, action="store_true", help=f"{help_text} (default: off)")
             continue
         required = entry.default is MISSING
-        shown = "required" if required else "default: none" if entry.default is None else f"default: {entry.default}"
+        # What is done where nothing was given, the help text itself says: "default: none" would contradict it.
+        shown = "required" if required else "optional" if entry.default is None else f"default: {entry.default}"
         parser.add_argument(flag, type=kind, choices=metadata["choices"], required=required,
                             default=None if required else entry.default, help=f"{help_text} ({shown})")
     return settings(**vars(parser.parse_args(argv)))
@@ -49,5 +50,5 @@ def run(main: Callable[[], None]) -> NoReturn | None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr, flush=True)
+            print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)  # what it quotes may have several
         sys.exit(2)

@@ -28,7 +28,9 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
     if resume:
         if number == 1:
             raise UserError(f"--resume: there is no run to continue at {default}")
-        return Path(default if number == 2 else f"{default}-{number - 1}")
+        folder = Path(default if number == 2 else f"{default}-{number - 1}")
+        if not (folder / "run.json").is_file():  # somebody else's, or of a run that died before it began
+            raise UserError(f"--resume: {folder} holds no run (no run.json)")
     return folder
 
 
@@ -44,7 +46,9 @@ class Journal:
 
     def __init__(self, folder: Path, resumed_step: int = 0):
         self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
+        # A run without any checkpoint begins again, and measures its step 0 again.
+        kept = read_metrics(self.path) if resumed_step else []
+        self.lines = [line for line in kept if line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         rewritten = self.path.with_suffix(".tmp")
         rewritten.write_text(text)
@@ -64,7 +68,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a line cut short by a crash is left out, and so is all after it."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
