@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llama.attention import Attention, AttentionContext
 from llama.config import ModelConfig
+from llama.embedding import Embedding
 from llama.loss import summed_cross_entropy
 from llama.mlp import MLP
 from llama.norm import RMSNorm
@@ -38,7 +39,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
