@@ -10,6 +10,7 @@ The same code runs each of them: CUDA and NCCL where there are GPUs, CPU and glo
 
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -36,7 +37,7 @@ from llama.optim import SCHEDULES, build_adamw, clip_gradients, gradient_norm, l
 from llama.parallel import Ranks, build, preferred_dtype, ranks
 from llama.tokenizer import Tokenizer, load_tokenizer
 
-TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
+TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Settings:
     # How
     epochs: float | None = setting(None, "passes over the data; 1, and for tiny what its recipe says")
     max_steps: int = setting(0, "stop after this many optimizer steps; 0: as many as --epochs makes")
-    batch_size: int = setting(16, "examples per rank and micro-batch")
+    batch_size: int | None = setting(None, "examples per rank and micro-batch; 16, and for tiny what its recipe says")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
     learning_rate: float | None = setting(None, "peak rate; 2e-5, and for tiny what its recipe says")
     lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
     warmup_ratio: float = setting(0.05, "part of the steps over which the rate rises from 0")
+    beta2: float | None = setting(None, "AdamW's memory of squared gradients; 0.999, and for tiny what its recipe says")
     weight_decay: float = setting(0.0, "decay of matrices, per unit of learning rate; norms and biases never decay")
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: never")
     seed: int = setting(0, "of the data order and of random weights")
@@ -83,11 +85,12 @@ class Settings:
         wrong = [f"--{name} {value}: expected {expected}" for name, value, expected, fine in (
             ("epochs", self.epochs, "more than 0", self.epochs is None or 0 < self.epochs < math.inf),
             ("max_steps", self.max_steps, "0 or more", self.max_steps >= 0),
-            ("batch_size", self.batch_size, "1 or more", self.batch_size >= 1),
+            ("batch_size", self.batch_size, "1 or more", self.batch_size is None or self.batch_size >= 1),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps, "1 or more",
              self.gradient_accumulation_steps >= 1),
             ("learning_rate", self.learning_rate, "more than 0",
              self.learning_rate is None or 0 < self.learning_rate < math.inf),
+            ("beta2", self.beta2, "0 to 1, without 1", self.beta2 is None or 0 <= self.beta2 < 1),
             ("warmup_ratio", self.warmup_ratio, "0 to 1", 0 <= self.warmup_ratio <= 1),
             ("weight_decay", self.weight_decay, "0 or more", 0 <= self.weight_decay < math.inf),
             ("max_grad_norm", self.max_grad_norm, "0 or more", 0 <= self.max_grad_norm < math.inf),
@@ -103,13 +106,13 @@ class Settings:
         if wrong:
             raise UserError(f"fsdp_train.py: {'; '.join(wrong)}")
 
-    def with_recipe(self) -> "Settings":
+    def with_recipe(self, ranks: int) -> "Settings":
         """Fill what was left open: a pretrained model wants a gentle rate, a new one a strong one and more passes."""
-        epochs, rate = (TINY_EPOCHS, TINY_LEARNING_RATE) if self.model == "tiny" else (1.0, 2e-5)
-        return replace(self, epochs=self.epochs or epochs, learning_rate=self.learning_rate or rate)
-
-
-TINY_EPOCHS, TINY_LEARNING_RATE = 8.0, 3e-3
+        recipe = {"epochs": 1.0, "batch_size": 16, "learning_rate": 2e-5, "beta2": 0.999}
+        if self.model == "tiny":  # 64 examples a step on any number of ranks, so the curve is the same everywhere
+            per_rank = max(1, 64 // (ranks * self.gradient_accumulation_steps))
+            recipe = {"epochs": 4.0, "batch_size": per_rank, "learning_rate": 5e-3, "beta2": 0.95}
+        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
-        "weight_decay", "max_grad_norm", "seed")}
+        "beta2", "weight_decay", "max_grad_norm", "seed")}
     binding |= {"steps": steps, "global_batch": global_batch, "dtype": str(dtype), "data": settings.data,
                 "examples": len(data), "tokens": int(data.lengths.sum()), "bundled_sample": task.source.bundled_sample}
     _announce(settings, task, here, binding, output, say)
@@ -179,7 +182,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         pretrained.initialize(model, settings.seed)
     else:
         pretrained.load(model, task.folder)
-    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay)
+    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2)
     saved = checkpoint.published(output / "checkpoints")
     first_step = checkpoint.load(saved[-1], model, optimizer, binding) if settings.resume and saved else 0
     if settings.resume:
@@ -344,7 +347,7 @@ def _nothing(*_) -> None:
 
 @record  # gives torchrun the real traceback of the rank that failed first
 def main() -> None:
-    settings = parse(Settings, description=__doc__).with_recipe()
+    settings = parse(Settings, description=__doc__).with_recipe(int(os.environ.get("WORLD_SIZE", 1)))
     task = prepare(settings)
     with ranks() as here:
         train(settings, task, here)

@@ -106,7 +106,7 @@ def ours(args: argparse.Namespace, data, batches: list[list[int]]) -> list[float
     from llama.optim import build_adamw
     from llama.parallel import build, ranks
 
-    settings = Settings(compile=args.side == "ours-compile", max_length=args.max_length).with_recipe()
+    settings = Settings(compile=args.side == "ours-compile", max_length=args.max_length, batch_size=BATCH)
     seconds = []
     with ranks() as here:
         model = build(ModelConfig.from_folder(args.model), here, torch.bfloat16, compile=settings.compile)

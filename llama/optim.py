@@ -28,7 +28,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
     return peak
 
 
-def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) over the trainable parameters.
 
     Weight decay pulls matrices towards 0; a norm's scale or a bias has no reason to be small and is left out.
@@ -39,7 +39,7 @@ def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> 
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -50,10 +50,10 @@ def ranks() -> Iterator[Ranks]:
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if processes > gpus:
+            raise UserError(f"--nproc_per_node {processes}: this node has {gpus} GPUs, expected at most one process each")
         # The local rank: on the second of two 8-GPU nodes ranks 8-15 own devices 0-7.
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU of its own: expected --nproc_per_node to be at most "
-                            f"the {torch.cuda.device_count()} of this node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "MASTER_ADDR" in os.environ:

@@ -37,7 +37,7 @@ def write_reviews(folder: Path, count: int = 40) -> Path:
 def settings(data: Path, output: Path, **changes) -> fsdp_train.Settings:
     base = dict(data=str(data), output=str(output), epochs=2.0, batch_size=4, max_length=192, dtype="float32",
                 eval_limit=8, learning_rate=1e-3)
-    return fsdp_train.Settings(**(base | changes)).with_recipe()
+    return fsdp_train.Settings(**(base | changes)).with_recipe(1)
 
 
 def run_here(chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:
@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, case, monkeypatch, ca
     data = write_reviews(tmp_path / "data")
     arguments, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), *arguments])
+    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), "--batch_size", "4", *arguments])
     before = sorted(p for p in tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         fsdp_train.run(fsdp_train.main)
@@ -277,12 +277,13 @@ def test_devices_come_from_the_local_rank(monkeypatch):
     for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: None)
     with parallel.ranks() as here:
         assert here.device == torch.device("cuda", 1) and here.rank == 9
     assert chosen == [torch.device("cuda", 1)]
-    monkeypatch.setenv("LOCAL_RANK", "8")
-    with pytest.raises(UserError, match="local rank 8 has no GPU"), parallel.ranks():
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(UserError, match="9: this node has 8 GPUs"), parallel.ranks():
         pass
