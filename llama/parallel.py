@@ -52,7 +52,7 @@ def ranks() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
         if processes > gpus:
-            raise UserError(f"--nproc_per_node {processes}: this node has {gpus} GPUs, expected at most one process each")
+            raise UserError(f"--nproc_per_node {processes}: this node has {gpus} GPUs, expected one for each process")
         # The local rank: on the second of two 8-GPU nodes ranks 8-15 own devices 0-7.
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

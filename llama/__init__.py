@@ -1,0 +1,34 @@
+"""A Llama, and what is needed to train and run one. Read the files in this order; each is one idea.
+
+    config      the shape of a model, from config.json
+    norm        RMSNorm                                                  x -> x of unit size
+    rope        rotary positions                                         angles, and turning q and k by them
+    attention   grouped-query attention                                  q, k, v and back
+    packed      which token may look at which; attention over documents laid end to end
+    mlp         SwiGLU
+    embedding   a token's vector, with an exact gradient
+    model       the decoder: all of the above in a residual stream
+    loss        cross-entropy without all the logits
+    tokenizer   text <-> ids, for three kinds of file
+    slices      safetensors files in which each rank reads and writes only its own part
+    pretrained  Hugging Face folder <-> model, through slices
+    batches     which examples when, on which rank, packed how
+    optim       AdamW's groups, the learning rate, the gradient's norm
+    parallel    processes, devices, FSDP2, activation checkpointing, compile: applied from outside
+    checkpoint  saved states that exist whole or not at all
+    journal     the folder of a run: metrics, loss curve
+    hub, cli, errors   downloads; settings as flags; mistakes told in one line
+
+then `fsdp_train.py`, which tells the story with them. One legend of shapes holds for the package:
+
+    T  tokens in the stream          D  hidden_size             H  head_dim
+    R  rows with a label             F  intermediate_size       N  query heads
+    B  sequences                     V  vocab_size              K  key/value heads
+"""
+
+from llama.config import ModelConfig
+from llama.model import Llama
+from llama.packed import PackedDocuments
+from llama.tokenizer import load_tokenizer
+
+__all__ = ["Llama", "ModelConfig", "PackedDocuments", "load_tokenizer"]

@@ -1,0 +1,114 @@
+"""Every command of the README does what it says, in a fresh copy of the project; long ones are shortened by flags."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = r"python3 -m venv \.venv && \. \.venv/bin/activate"
+SET_UP = re.compile(VENV + r" && pip install -r (requirements\S*\.txt) && (.*)")
+COMMANDS = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+TRAINER = [command for command in COMMANDS if "fsdp_train.py" in command]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The files git knows, or would, elsewhere."""
+    out = tmp_path_factory.mktemp("clone")
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, text=True,
+                           stdout=subprocess.PIPE).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, out / name)
+    return out
+
+
+def start(command: str, clone: Path) -> subprocess.Popen:
+    """The command, with this Python and two steps instead of hundreds."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    if "fsdp_train.py" in words and "--help" not in words:
+        words += ["--max_steps", "2", "--eval_limit", "16"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    environment |= {"LLAMA_CACHE": str(clone.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, cwd=clone, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def run(command: str, clone: Path) -> str:
+    process = start(command, clone)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(clone) -> Path:
+    """What the first command left: the others begin there."""
+    requirements, command = SET_UP.fullmatch(COMMANDS[0]).groups()
+    assert requirements == "requirements.txt"
+    out = run(command, clone)
+    assert "bundled sample" in out and "before:" in out and "after:" in out
+    return clone / "runs/imdb-tiny"
+
+
+def test_the_readme_opens_with_two_commands_that_set_everything_up():
+    """Exactly two, each whole on a fresh machine; continuous integration runs the second's own words."""
+    assert [i for i, command in enumerate(COMMANDS) if SET_UP.fullmatch(command)] == [0, 1]
+    requirements, command = SET_UP.fullmatch(COMMANDS[1]).groups()
+    assert (requirements, command) == ("requirements-dev.txt", "pytest")
+    assert SET_UP.fullmatch(COMMANDS[0])[2] == "torchrun --nproc_per_node 4 fsdp_train.py --data imdb"
+    assert "requirements-dev.txt" in (ROOT / ".ci/run").read_text() and "pytest" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_first_command_leaves_what_the_readme_says(trained):
+    table = (ROOT / "README.md").read_text().split("## What a run leaves")[1].split("##")[0]
+    promised = re.findall(r"^\| `(.*)` \|", table, re.MULTILINE)
+    names = {name.strip("/ ") for row in promised for name in row.split("`, `")}
+    assert {"model", "metrics.jsonl", "loss.png", "summary.json", "run.json"} < names
+    for name in names - {"checkpoints/step-000375"}:
+        assert (trained / name).exists(), name
+    assert json.loads((trained / "summary.json").read_text())["bundled_sample"] is True
+
+
+def test_the_evaluation_command_prints_the_accuracy(trained, clone):
+    [command] = [c for c in COMMANDS if "evaluate.py" in c]
+    result = json.loads(re.search(r"^\{.*^\}", run(command, clone), re.DOTALL | re.MULTILINE)[0])
+    assert result["n"] == 1000 and 0 <= result["accuracy"] <= 1 and result["bundled_sample"]
+
+
+def test_the_resume_command_continues_the_run(trained, clone):
+    [command] = [c for c in TRAINER if "--resume" in c]
+    assert "resuming after step 2 of 2" in run(command, clone)
+
+
+def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
+    """A tiny Hugging Face folder and the bundled reviews under the names that the README uses."""
+    [command] = [c for c in TRAINER if "SmolLM2" in c]
+    (clone / "SmolLM2-135M-Instruct").symlink_to(trained / "model")
+    (clone / "imdb").symlink_to(clone / "assets/imdb_sample")
+    run(command, clone)
+    assert (clone / "runs/imdb-SmolLM2-135M-Instruct/model/config.json").exists()
+
+
+def test_the_command_for_two_nodes_joins_them(trained, clone):
+    """Two launchers on this machine stand for two nodes: one process each instead of eight."""
+    [command] = [c for c in TRAINER if "--nnodes" in c]
+    command = command.replace("node0", "127.0.0.1").replace("--nproc_per_node 8", "--nproc_per_node 1")
+    command = command.replace("meta-llama/Llama-2-7b-hf", str(trained / "model")) + " --data_dir assets/imdb_sample"
+    command = command.replace("torchrun", "torchrun --master_port 29871") + " --output runs/two-nodes"
+    nodes = [start(command.replace("--node_rank 0", f"--node_rank {rank}"), clone) for rank in range(2)]
+    told = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    assert json.loads((clone / "runs/two-nodes/summary.json").read_text())["ranks"] == 2
