@@ -10,7 +10,6 @@ folder. Files hold whole tensors, so they can be read back by any number of rank
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from llama.pretrained import read_tensors, write_tensors
 from torch import nn
 
 from llama.errors import UserError
 from llama.optim import optimizer_tensors, set_optimizer_step
+from llama.slices import read_tensors, sharded_parameters, sync, together, write_durably, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -53,23 +52,22 @@ def save(
     target = folder / f"step-{step:06d}"
     written = target.with_suffix(".tmp")
     first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(written, ignore_errors=True)  # of a run that died while saving
-        written.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with together(written):
+        if first:
+            shutil.rmtree(written, ignore_errors=True)  # of a run that died while saving
+            written.mkdir(parents=True)
+    weights = _trainable(model)
     write_tensors(weights, written, "model")
-    write_tensors(optimizer_tensors(model, optimizer), written, "optimizer")
-    if first:
-        state = {"step": step, "ranks": dist.get_world_size(), "settings": settings}
-        write_durably(written / "state.json", json.dumps(state, indent=2) + "\n")
-        _sync(written)
-        written.rename(target)
-        _sync(folder)
-        if keep > 0:
-            for old in published(folder)[:-keep]:
+    write_tensors(optimizer_tensors(weights, optimizer), written, "optimizer")
+    with together(written):
+        if first:
+            state = {"step": step, "ranks": dist.get_world_size(), "settings": settings}
+            write_durably(written / "state.json", json.dumps(state, indent=2) + "\n")
+            sync(written)
+            written.rename(target)
+            sync(folder)
+            for old in published(folder)[:-keep] if keep > 0 else []:
                 _delete(old)
-    dist.barrier()
     return target
 
 
@@ -87,10 +85,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, setting
                  for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
     if differing:
         raise CheckpointError(f"{path}: made with other settings: {'; '.join(differing)}")
-    read_tensors({name: p for name, p in model.named_parameters() if p.requires_grad}, path, "model")
-    read_tensors(optimizer_tensors(model, optimizer), path, "optimizer")
+    weights = _trainable(model)
+    read_tensors(weights, path, "model")
+    read_tensors(optimizer_tensors(weights, optimizer), path, "optimizer")
     set_optimizer_step(optimizer, step)
     return step
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in sharded_parameters(model).items() if p.requires_grad}
 
 
 def _delete(path: Path) -> None:
@@ -101,20 +104,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(doomed)
     except OSError as error:
         warnings.warn(f"{path}: could not be deleted ({error.strerror})", stacklevel=2)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is on disk before this returns."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable, as fsync does the content of a file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -54,19 +54,18 @@ def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
         torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Both moments of every trainable parameter under the parameter's name, sharded as it is.
+def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Both moments of every trained parameter under the parameter's name, sharded as it is.
 
     A fresh optimizer gets zero moments here, so that there is something to read a checkpoint into.
     """
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter, requires_grad=False)
-                tensors[f"{name}.{moment}"] = state[moment]
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter, requires_grad=False)
+            tensors[f"{name}.{moment}"] = state[moment]
     return tensors
 
 

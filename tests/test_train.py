@@ -99,6 +99,22 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(ranks, t
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_right_after_an_evaluation_holds_the_trained_shards(ranks, tmp_path, size):
+    """C48: after a forward without backward FSDP shows whole bf16 copies of weights, which must not be saved."""
+    data, batch = write_reviews(tmp_path / "data"), 8 // size
+    common = dict(batch_size=batch, eval_every=2, save_every=2, dtype="bfloat16")
+    whole, out = tmp_path / "whole", tmp_path / "crashed"
+    ranks(size, in_workers, tmp_path / "cache", settings(data, whole, **common))
+    ranks(size, in_workers, tmp_path / "cache", settings(data, out, **common), 6)
+    ranks(size, in_workers, tmp_path / "cache", settings(data, out, resume=True, **common))
+    assert steps_of(out) == steps_of(whole)
+    assert all(torch.equal(a, b) for a, b in zip(final_state(whole).values(), final_state(out).values(), strict=True))
+    weight = final_state(out)["embed_tokens.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+    assert final_state(out)["embed_tokens.weight.exp_avg"].abs().sum() > 0
+
+
 def test_a_run_resumed_twice_equals_the_uninterrupted_one_bitwise(ranks, tmp_path):
     """C48: the second resume is where drift shows."""
     data = write_reviews(tmp_path / "data")

@@ -1,0 +1,135 @@
+"""Hugging Face folder <-> model, without any rank ever holding more than its own slices."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from llama.model import Llama
+from llama.slices import (
+    WeightsError,
+    first_rank,
+    local_slice,
+    read_tensors,
+    region,
+    sharded_parameters,
+    sync,
+    together,
+    write_durably,
+    write_tensors,
+)
+
+EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")
+
+
+def load(model: Llama, folder: str | Path) -> None:
+    """Fill the model from a Hugging Face folder, converting to each parameter's dtype. No communication.
+
+    Parameters must have memory (`to_empty`), sharded or not. What an adapter added to the model is left alone.
+    Raises WeightsError, before anything is written, if any weight is missing, unexpected or of another shape.
+    """
+    _tie(model)
+
+    # Older files hold the rotary frequencies, and some a tied matrix twice.
+    superfluous = r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * model.config.tie_word_embeddings
+    read_tensors(_hugging_face_parameters(model), Path(folder), "model", re.compile(superfluous).fullmatch)
+
+
+def initialize(model: Llama, seed: int) -> None:
+    """Random weights: normal(0, initializer_range), norms 1, biases 0; the same for any number of ranks.
+
+    Each matrix comes from a generator of its own, seeded by `seed` and its name: every rank draws it whole, in
+    fp32, and keeps its slice.
+    """
+    _tie(model)
+    for name, parameter in _hugging_face_parameters(model).items():
+        local, start = local_slice(parameter)
+        if name.endswith(("norm.weight", ".bias")):
+            local.fill_(0.0 if name.endswith(".bias") else 1.0)
+            continue
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        whole.normal_(0.0, model.config.initializer_range, generator=generator)
+        local.copy_(whole[region(start, local)])
+
+
+def export(
+    model: Llama,
+    folder: Path,
+    config: dict,
+    tokenizer_files: Sequence[Path] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a folder that transformers opens: weights, `config` as config.json, copies of the tokenizer. Collective.
+
+    It appears under its name once all of it is on disk. Raises WeightsError, on every rank, if the name is taken
+    or any rank cannot write; ValueError if an adapter has not been merged first.
+    """
+    weights = _hugging_face_parameters(model)
+    if len(weights) != len(list(model.parameters())):
+        raise ValueError("export: the model has parameters that a Llama has not; merge its adapter first")
+    folder = Path(folder)
+    unfinished = folder.with_name(folder.name + ".tmp")
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = config | {
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": "lm_head.weight" not in weights,
+        "torch_dtype": dtype_name,  # read by transformers 4; the next by 5
+        "dtype": dtype_name,
+    }
+    special_tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id") if name in config}
+    with together(folder):
+        if first_rank():
+            if os.path.lexists(folder):
+                raise WeightsError(f"{folder}: exists already, expected a name that is free")
+            copies = {Path(path).name: path for path in tokenizer_files}
+            _remove_unfinished(unfinished, copies)
+            unfinished.mkdir(parents=True)
+            for name, path in copies.items():
+                shutil.copyfile(path, unfinished / name)
+                sync(unfinished / name)
+            write_durably(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
+            if "generation_config.json" not in copies:
+                write_durably(unfinished / "generation_config.json", json.dumps(special_tokens, indent=2) + "\n")
+    write_tensors(weights, unfinished, dtype=dtype)
+    with together(folder):
+        if first_rank():
+            unfinished.rename(folder)
+            sync(folder.parent)
+
+
+def _tie(model: Llama) -> None:
+    """Without sharding, `to_empty` gives both ends of a tied weight memory of their own: make them one again."""
+    if model.config.tie_word_embeddings and not isinstance(model.embed_tokens.weight, DTensor):
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def _hugging_face_parameters(model: Llama) -> dict[str, nn.Parameter]:
+    """The parameters that a Llama of this config has, by their names in a Hugging Face file; a tied one once."""
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
+        raise ValueError("lm_head and embed_tokens have come apart, the config says they are tied")
+    with torch.device("meta"):
+        ours = {name for name, _ in Llama(model.config).named_parameters()}
+    parameters = {name: p for name, p in sharded_parameters(model).items() if name in ours}
+    return {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in parameters.items()}
+
+
+def _remove_unfinished(folder: Path, copies: Iterable[str]) -> None:
+    """Delete what an export that died left behind, and never a folder with anything else in it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    left = list(folder.iterdir())
+    for path in left:
+        if path.is_dir() or not (EXPORTED.fullmatch(path.name) or path.name in copies):
+            raise WeightsError(f"{path}: not from an export; expected {folder} to be free for temporary files")
+    for path in left:
+        path.unlink()
+    folder.rmdir()
