@@ -15,6 +15,14 @@ class ConfigError(UserError):
     """A configuration this code cannot run faithfully. One line: where, what was found, what was expected."""
 
 
+# What each kind of scaling cannot do without; a key that is missing here would silently become a default.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
@@ -30,13 +38,16 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
-
-# What each kind of scaling cannot do without; a key that is missing here would silently become a default.
-ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+    def __post_init__(self):
+        if not isinstance(self.rope_type, str) or self.rope_type not in ROPE_TYPES:
+            raise ConfigError(f"config: rope_type is {self.rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
+        for name in ROPE_TYPES[self.rope_type]:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ConfigError(f"config: {name} is {value!r}, expected a positive number")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(f"config: low_freq_factor is {self.low_freq_factor!r}, expected less than "
+                              f"high_freq_factor, {self.high_freq_factor!r}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class ModelConfig:
         chosen.setdefault("num_key_value_heads", heads)
         chosen.setdefault("head_dim", hidden_size // heads)
         try:
-            return cls(**chosen, **_read_rope(values, where))
+            return cls(**chosen, **_read_rope(values))
         except ConfigError as error:
             raise ConfigError(f"{where}: {str(error).removeprefix('config: ')}") from None
 
@@ -145,23 +156,19 @@ def read_config(folder: str | Path) -> dict:
     return values
 
 
-def _read_rope(values: dict, where: str) -> dict:
+def _read_rope(values: dict) -> dict:
     """rope_theta and rope_scaling from either spelling: `rope_scaling`, or transformers 5's `rope_parameters`."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ConfigError(f"{where}: rope_scaling is {scaling!r}, expected an object")
+        raise ConfigError(f"config: rope_scaling is {scaling!r}, expected an object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-        raise ConfigError(f"{where}: rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
-    needed = ROPE_TYPES[rope_type]
+    needed = ROPE_TYPES.get(rope_type, ()) if isinstance(rope_type, str) else ()
     missing = [name for name in needed if name not in scaling]
     if missing:
-        raise ConfigError(f"{where}: rope_type {rope_type!r} lacks {', '.join(missing)}")
-    for name in needed:
-        if type(scaling[name]) not in (int, float) or not 0 < scaling[name] < float("inf"):
-            raise ConfigError(f"{where}: {name} is {scaling[name]!r}, expected a positive number")
-    if values.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor is not 1, which a Llama does not have")
+        raise ConfigError(f"config: rope_type {rope_type!r} lacks {', '.join(missing)}")
+    for partial in (values.get("partial_rotary_factor"), scaling.get("partial_rotary_factor")):
+        if partial not in (None, 1.0):
+            raise ConfigError(f"config: partial_rotary_factor is {partial!r}, a Llama rotates all of each head")
     rope = {"rope_scaling": RopeScaling(rope_type, **{name: scaling[name] for name in needed})}
     theta = scaling.get("rope_theta", values.get("rope_theta"))
     return rope if theta is None else rope | {"rope_theta": theta}

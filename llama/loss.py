@@ -47,4 +47,6 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     hidden (R, D), weight (V, D), targets (R) in 0..V-1. Matrix products run in the dtype of the inputs, softmax and
     sum in fp32 (fp64 for fp64 inputs). Returns a scalar of that dtype; R = 0 gives 0 and zero gradients.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad looks at the inputs alone, and would have gradients computed
+        hidden, weight = hidden.detach(), weight.detach()
     return _SummedCrossEntropy.apply(hidden, weight, targets, chunk)
