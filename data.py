@@ -1,9 +1,9 @@
-"""From a file of rows to packed batches: read -> render -> encode -> pack.
+"""From a file of rows to encoded examples: read -> render -> encode.
 
 Reading yields one dict per row and says where it stood. A template renders a row as segments of text, some of which
 are the answer. Each segment is encoded on its own and the ids are joined, so the prompt used at inference is by
 construction a strict prefix of what was trained on. Encoded examples lie end to end in a memory-mapped cache that is
-made once per content. A batch is a choice of whole examples, laid end to end: no padding anywhere.
+made once per content; `llama/batches.py` makes packed batches of them.
 """
 
 import fcntl
@@ -13,9 +13,11 @@ import json
 import os
 import platform
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from llama.hub import download_dataset
 from llama.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parent / "assets" / "imdb_sample"
+BUNDLED_SAMPLE = "DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that"
 HUB = {"imdb": ("stanfordnlp/imdb", "plain_text/{split}-00000-of-00001.parquet")}
 
 
@@ -55,7 +58,8 @@ def resolve(name: str, data_dir: str | None, use_hub: bool = True) -> Source:
     """
     if name in HUB:
         if data_dir is not None:
-            return Source(name, _split_files(Path(data_dir)))
+            folder = Path(data_dir)
+            return Source(name, _split_files(folder), bundled_sample=folder.resolve() == SAMPLE.resolve())
         files = download_dataset(*HUB[name]) if use_hub else None
         if files:
             return Source(name, files)
@@ -233,7 +237,7 @@ class EncodedData:
     """Encoded examples, memory-mapped from a cache folder: nothing but the pages in use is in memory.
 
     tokens (all ids end to end) int32, is_answer bool beside them, offsets (n + 1) int64; for each of the n examples
-    label_counts, and in answers the index of its label word. `rejected` names rows whose fixed parts were too long.
+    label_counts, and in answers the index of its label word. Rows whose fixed parts were too long are `rejected`.
     """
 
     def __init__(self, folder: Path):
@@ -243,8 +247,13 @@ class EncodedData:
         self.label_counts = np.load(folder / "label_counts.npy")
         about = json.loads((folder / "about.json").read_text())
         self.truncated: int = about["truncated"]
-        self.rejected: list[str] = about["rejected"]
+        self.rejected: list[int] = about["rejected"]  # the first five, by their number in the file
         self.rejected_count: int = about["rejected_count"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells any two different sets of encoded examples apart."""
+        return f"{zlib.crc32(self.offsets, zlib.crc32(self.is_answer, zlib.crc32(self.tokens))):08x}"
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -275,10 +284,10 @@ def encode_file(
     if not folder.exists():
         with _locked(folder.with_suffix(".lock")) as alone:
             if not folder.exists():
-                if alone:  # or they may be another machine's, still at it
-                    for left_over in folder.parent.glob(f"{key}.tmp*"):  # of a process that died at it
-                        shutil.rmtree(left_over, ignore_errors=True)
-                made = folder.with_suffix(f".tmp-{platform.node()}-{os.getpid()}")
+                ours = f".tmp-{platform.node()}-"  # a lock may hold on one machine only: leave what others may be at
+                for left_over in folder.parent.glob(f"{key}{ours}*") if alone else []:  # of a process that died at it
+                    shutil.rmtree(left_over, ignore_errors=True)
+                made = folder.with_suffix(f"{ours}{os.getpid()}")
                 made.mkdir()
                 try:
                     _encode_into(made, path, TEMPLATES[template], tokenizer, max_length, truncate_side, quiet)
@@ -324,7 +333,7 @@ def _digest(paths: list[Path]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Wait until no other process is in this block; False where nothing can promise that."""
+    """Wait until no other process of this machine is in this block; False where nothing can promise that."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -349,7 +358,7 @@ def _encode_into(
             for (_, answer, where), example in zip(batch, encoded, strict=True):
                 if example is None:
                     rejected_count += 1
-                    rejected += [where] * (len(rejected) < 5)
+                    rejected += [int(where.rpartition(":")[2])] * (len(rejected) < 5)
                     continue
                 ids, mask, was_cut = example
                 np.asarray(ids, np.int32).tofile(tokens)
@@ -361,8 +370,8 @@ def _encode_into(
             progress.update(len(batch))
     if not lengths:
         if rejected_count:
-            raise DataError(f"{rejected[0]}: the prompt without its text is longer than --max_length {max_length}, "
-                            f"as in all {rejected_count} rows")
+            raise DataError(f"{path}:{rejected[0]}: the prompt without its text is longer than --max_length "
+                            f"{max_length}, as in all {rejected_count} rows")
         raise DataError(f"{path}: no rows")
     for name, dtype in (("tokens", np.int32), ("is_answer", np.bool_)):
         _as_npy(folder / f"{name}.raw", folder / f"{name}.npy", dtype, sum(lengths))

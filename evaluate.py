@@ -7,6 +7,7 @@ Every example is scored exactly once, whatever the number of ranks and the batch
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data import TEMPLATES, DataError, EncodedData, encode_file, is_local_first, resolve
+from data import BUNDLED_SAMPLE, TEMPLATES, DataError, EncodedData, encode_file, is_local_first, resolve
 from llama import pretrained
 from llama.batches import deal, pack
 from llama.cli import parse, run, setting
-from llama.config import ModelConfig
 from llama.errors import UserError
 from llama.hub import find_model
 from llama.model import Llama
 from llama.parallel import Ranks, build, preferred_dtype, ranks
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -112,20 +113,18 @@ def _counts(batch, right: int, device: torch.device) -> Tensor:
     return torch.tensor([len(batch.targets), right, len(batch.indices)], dtype=torch.float64, device=device)
 
 
+@record  # gives torchrun the real error of the rank that failed first
 def main() -> None:
     settings = parse(Settings, description=__doc__)
     folder = find_model(settings.model)
-    config, tokenizer = ModelConfig.from_folder(folder), load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    if settings.max_length > config.max_position_embeddings:
-        raise UserError(f"--max_length {settings.max_length}: the model was made for at most "
-                        f"{config.max_position_embeddings} tokens")
+    _, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
     source = resolve(settings.data, settings.data_dir)
     lone_file = source.files.get("train") == Path(settings.data)  # then no split was named by the file
     split = "train" if lone_file else settings.split
     if split not in source.files:
         raise DataError(f"--split {split}: {settings.data} has no such file, only {', '.join(source.files)}")
+    if source.bundled_sample and is_local_first():
+        print(BUNDLED_SAMPLE, file=sys.stderr)
     template = TEMPLATES["imdb"]
     data = encode_file(source.files[split], template.name, tokenizer, settings.max_length, settings.truncate_side,
                        quiet=not is_local_first())

@@ -23,15 +23,15 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data import TEMPLATES, EncodedData, Source, encode_file, is_local_first, resolve
+from data import BUNDLED_SAMPLE, TEMPLATES, EncodedData, Source, encode_file, is_local_first, resolve
 from evaluate import answer_ids, evaluate
 from llama import checkpoint, pretrained
 from llama.batches import deal, global_batch_of, pack, total_steps
 from llama.cli import parse, run, setting
-from llama.config import TINY, ModelConfig, read_config
+from llama.config import TINY, ModelConfig
 from llama.errors import UserError
 from llama.hub import find_model
-from llama.journal import Journal, choose_folder, draw_loss_curve, make_folder
+from llama.journal import Journal, choose_folder, draw_loss_curve
 from llama.model import Llama
 from llama.optim import SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.parallel import Ranks, build, preferred_dtype, ranks
@@ -52,7 +52,7 @@ class Settings:
     truncate_side: str = setting("right", "which end of the text is cut", choices=("left", "right"))
     # How
     epochs: float | None = setting(None, "passes over the data; 1, and for tiny what its recipe says")
-    max_steps: int = setting(0, "stop after this many optimizer steps; 0: as many as --epochs makes")
+    max_steps: int = setting(0, "at most so many optimizer steps, over which the rate runs its course; 0: as --epochs")
     batch_size: int | None = setting(None, "examples per rank and micro-batch; 16, and for tiny what its recipe says")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
     learning_rate: float | None = setting(None, "peak rate; 2e-5, and for tiny what its recipe says")
@@ -132,17 +132,12 @@ class Task:
 def prepare(settings: Settings) -> Task:
     """Read, check and encode everything. Each process does this alone: nobody waits in a collective for it."""
     if settings.model == "tiny":
-        folder, config, config_json, tokenizer = None, TINY, TINY.to_dict(), load_tokenizer(TINY_TOKENIZER)
-        config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        folder, config, tokenizer = None, TINY, load_tokenizer(TINY_TOKENIZER)
+        pretrained.check_fit(config, tokenizer, settings.max_length)
+        config_json = config.to_dict() | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     else:
         folder = find_model(settings.model)
-        config_json, config, tokenizer = read_config(folder), ModelConfig.from_folder(folder), load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"--model {settings.model}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-                        f"{config.vocab_size}")
-    if settings.max_length > config.max_position_embeddings:
-        raise UserError(f"--max_length {settings.max_length}: the model was made for at most "
-                        f"{config.max_position_embeddings} tokens")
+        config_json, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
     # The tiny preset belongs to the bundled sample: nothing is downloaded for it.
     source = resolve(settings.data, settings.data_dir, use_hub=folder is not None)
     template = TEMPLATES["imdb"]
@@ -165,16 +160,19 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     if len(data) < global_batch:
         raise UserError(f"--data {settings.data}: {len(data)} examples, fewer than one global batch of {global_batch}")
     steps = total_steps(len(data), settings.epochs, global_batch)
-    steps = min(steps, settings.max_steps) or steps
+    if settings.max_steps:
+        steps = min(steps, settings.max_steps)
     dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
-    output = _agreed_folder(settings, here)
+    output, saved = _agreed_folder(settings, here)
+    if saved and (output / "summary.json").exists() and saved.name == f"step-{steps:06d}":
+        return say(f"{output} is finished already, after step {steps} of {steps}")
     # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
         "beta2", "weight_decay", "max_grad_norm", "seed")}
     binding |= {"steps": steps, "global_batch": global_batch, "dtype": str(dtype), "data": settings.data,
-                "examples": len(data), "tokens": int(data.lengths.sum()), "bundled_sample": task.source.bundled_sample}
-    _announce(settings, task, here, binding, output, say)
+                "fingerprint": data.fingerprint, "bundled_sample": task.source.bundled_sample}
+    _agree(binding, here)
 
     model = build(task.config, here, dtype, settings.sharding == "full", settings.activation_checkpointing == "full",
                   settings.compile)
@@ -183,8 +181,10 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     else:
         pretrained.load(model, task.folder)
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2)
-    saved = checkpoint.published(output / "checkpoints")
-    first_step = checkpoint.load(saved[-1], model, optimizer, binding) if settings.resume and saved else 0
+    first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
+    if saved:
+        first_step, totals = checkpoint.load(saved, model, optimizer, binding)
+    _announce(settings, task, here, binding, output, say)
     if settings.resume:
         say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
     journal = Journal(output, first_step) if here.is_first else None
@@ -204,22 +204,21 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         say(f"before training: {_told(before)}")
     model.train()
     progress = tqdm(total=steps, initial=first_step, unit=" steps", disable=not here.is_first)
-    training_began, trained_tokens, trained_labels, trained_examples = time.perf_counter(), 0, 0, 0
     for step in range(first_step, steps):
         step_began = time.perf_counter()
         indices = global_batch_of(step, len(data), settings.epochs, global_batch, settings.seed)
         loss, norm, labels = train_step(settings, model, data, indices, here)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the weights were left "
-                            f"as they were; the last checkpoint is {checkpoint.newest_name(output / 'checkpoints')}")
+                            f"as they were; whole checkpoints: {_newest(output) or 'none yet'}")
         rate = learning_rate(step, steps, settings.learning_rate, settings.lr_schedule, settings.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         seconds, tokens = time.perf_counter() - step_began, int(data.lengths[indices].sum())
-        trained_tokens, trained_labels = trained_tokens + tokens, trained_labels + labels
-        trained_examples += len(indices)
+        for name, count in (("examples", len(indices)), ("tokens", tokens), ("labels", labels), ("seconds", seconds)):
+            totals[name] += count
         last, done = step + 1 == steps, step + 1
         if journal and (done % settings.log_every == 0 or last):
             journal.write(step=done, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
@@ -233,33 +232,39 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
                 journal.write(step=done, held_out=after)
                 progress.write(f"step {done}: {_told(after)}")
         if last or (settings.save_every and done % settings.save_every == 0):
-            checkpoint.save(output / "checkpoints", done, model, optimizer, binding, settings.keep_checkpoints)
+            checkpoint.save(output / "checkpoints", done, model, optimizer, binding, totals, settings.keep_checkpoints)
     progress.close()
-    train_seconds = time.perf_counter() - training_began
     if first_step == steps:
         after = held_out()
+    _finish(settings, task, here, model, output, steps, totals, before, after, journal, began)
 
+
+def _finish(
+    settings: Settings, task: Task, here: Ranks, model: Llama, output: Path, steps: int, totals: dict, before: dict,
+    after: dict, journal: Journal | None, began: float,
+) -> None:
+    """Export the model; on rank 0 draw the loss curve, and write and print what came of the run. Collective."""
     if here.is_first:
-        shutil.rmtree(output / "model", ignore_errors=True)  # only ever this run's own, from an interrupted export
-    dist.barrier()
+        shutil.rmtree(output / "model", ignore_errors=True)  # of this very run, if it died before its summary
     pretrained.export(model, output / "model", task.config_json, task.tokenizer.files)
     peak = torch.tensor(_peak_memory(here.device), dtype=torch.int64, device=here.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     if journal:
+        seconds = totals["seconds"]  # of the steps alone, without evaluations and saves
+        speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
         journal.close()
         draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.source)}")
         summary = {
             "data": settings.data, "bundled_sample": task.source.bundled_sample, "model": settings.model,
-            "ranks": here.world_size, "steps": steps, "examples": trained_examples, "tokens": trained_tokens,
-            "labels": trained_labels, "train_seconds": train_seconds, "total_seconds": time.perf_counter() - began,
-            "examples_per_second": trained_examples / train_seconds,
-            "tokens_per_second": trained_tokens / train_seconds,
+            "ranks": here.world_size, "steps": steps,
+            **{name: totals[name] for name in ("examples", "tokens", "labels")},
+            "train_seconds": seconds, "total_seconds": time.perf_counter() - began, **speed,
             "peak_memory_bytes": int(peak), "before": before, "after": after,
         }
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        say(f"before: {_told(before)}\nafter:  {_told(after)}")
-        say(f"{trained_examples / train_seconds:.1f} examples and {trained_tokens / train_seconds:.0f} tokens a "
-            f"second; model/, loss.png, metrics.jsonl and summary.json are in {output}")
+        print(f"before: {_told(before)}\nafter:  {_told(after)}")
+        print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
+              f"model/, loss.png, metrics.jsonl and summary.json are in {output}")
 
 
 def train_step(
@@ -290,20 +295,37 @@ def train_step(
     return float(total) / labels, float(norm), labels
 
 
-def _agreed_folder(settings: Settings, here: Ranks) -> Path:
-    """Rank 0 looks and decides; two ranks that look might see different things."""
+def _newest(output: Path) -> Path | None:
+    found = checkpoint.published(output / "checkpoints")
+    return found[-1] if found else None
+
+
+def _agreed_folder(settings: Settings, here: Ranks) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint to continue from. Rank 0 looks and decides: two ranks that look might see
+    different things."""
     name = f"runs/{Path(settings.data).stem}-{Path(settings.model).name}"
     answer = [None]
     if here.is_first:
         try:
-            answer = [choose_folder(settings.output, name, settings.resume)]
-            make_folder(answer[0])
+            folder = choose_folder(settings.output, name, settings.resume)
+            answer = [(folder, _newest(folder) if settings.resume else None)]
         except UserError as error:
             answer = [error]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]
+
+
+def _agree(binding: dict, here: Ranks) -> None:
+    """Every process read its data and chose its defaults alone: stop before any of them could wait for a step that
+    another never makes."""
+    everyone = [None] * here.world_size
+    dist.all_gather_object(everyone, binding)
+    for rank, other in enumerate(everyone):
+        if differing := [name for name in binding if other[name] != everyone[0][name]]:
+            told = "; ".join(f"{name} is {everyone[0][name]!r} and {other[name]!r}" for name in differing)
+            raise UserError(f"ranks 0 and {rank} do not agree: {told}; expected the same files and versions everywhere")
 
 
 def _announce(settings: Settings, task: Task, here: Ranks, binding: dict, output: Path, say) -> None:
@@ -318,9 +340,10 @@ def _announce(settings: Settings, task: Task, here: Ranks, binding: dict, output
         (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
     if task.source.bundled_sample:
-        say("DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that")
+        say(BUNDLED_SAMPLE)
     if task.train.rejected_count:
-        say(f"{task.train.rejected_count} rows were left out, too long without their text: {task.train.rejected[0]}")
+        say(f"{task.train.rejected_count} rows of the train file were left out, too long even without their text: "
+            f"{', '.join(map(str, task.train.rejected))}, ...")
 
 
 def _named(source: Source) -> str:

@@ -44,6 +44,8 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure(args)))
         return
+    if args.model == "stories15m" and not args.tokenizer:
+        parser.error("--model stories15m needs --tokenizer, a tokenizer.model with 32,000 pieces")
     with tempfile.TemporaryDirectory() as scratch:
         if args.model == "stories15m":
             make_stories15m(Path(scratch) / "model", Path(args.tokenizer))

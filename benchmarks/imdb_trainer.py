@@ -4,7 +4,7 @@
     python evaluate.py --model OUT --data imdb --data_dir DIR --limit 1000 --max_length 256
 
 The examples, their order and the global batches are those of `fsdp_train.py --seed 0`; fp32 weights under bf16
-autocast, AdamW, linear schedule, as there.
+autocast, AdamW and a linear schedule, as there with --lr_schedule linear.
 """
 
 import argparse

@@ -14,16 +14,17 @@
     pretrained  Hugging Face folder <-> model, through slices
     batches     which examples when, on which rank, packed how
     optim       AdamW's groups, the learning rate, the gradient's norm
-    parallel    processes, devices, FSDP2, activation checkpointing, compile: applied from outside
+    parallel    processes, devices, FSDP2, compile, recomputed activations: applied from outside
     checkpoint  saved states that exist whole or not at all
     journal     the folder of a run: metrics, loss curve
     hub, cli, errors   downloads; settings as flags; mistakes told in one line
 
-then `fsdp_train.py`, which tells the story with them. One legend of shapes holds for the package:
+then `data.py` (from files of rows to encoded examples), `evaluate.py`, and `fsdp_train.py`, which tells the story with
+all of them. One legend of shapes holds for the package:
 
     T  tokens in the stream          D  hidden_size             H  head_dim
     R  rows with a label             F  intermediate_size       N  query heads
-    B  sequences                     V  vocab_size              K  key/value heads
+    S  keys a block may see          V  vocab_size              K  key/value heads
 """
 
 from llama.config import ModelConfig

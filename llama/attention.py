@@ -14,7 +14,8 @@ class AttentionContext(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(H)) v over the keys each query may see.
 
-        q (T, N, H); k and v (T, K, H), where query head n reads key/value head n * K // N. Returns (T, N, H).
+        `layer` numbers the decoder layers, for a context that keeps something for each. q (T, N, H); k and v
+        (T, K, H), where query head n reads key/value head n * K // N. Returns (T, N, H).
         """
 
 

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -79,7 +80,7 @@ def pack(
 
 
 def _to(values: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+    return torch.from_numpy(values.astype(np.int64)).to(device)
 
 
 def total_steps(examples: int, epochs: float, global_batch: int) -> int:
@@ -97,10 +98,15 @@ def global_batch_of(step: int, examples: int, epochs: float, global_batch: int, 
     stop = min(start + global_batch, max(1, round(epochs * examples)))
     indices = []
     for epoch in range(start // examples, -(-stop // examples)):
-        order = np.random.default_rng([seed, epoch]).permutation(examples)
+        order = _epoch_order(examples, epoch, seed)
         first = epoch * examples
         indices += order[max(start - first, 0) : stop - first].tolist()
     return indices
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(examples: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def deal(indices: Sequence[int], lengths: np.ndarray, parts: int, most: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from llama.errors import UserError
 from llama.optim import optimizer_tensors, set_optimizer_step
-from llama.slices import read_tensors, sharded_parameters, sync, together, write_durably, write_tensors
+from llama.slices import first_rank, read_tensors, sharded_parameters, sync, together, write_durably, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -36,32 +36,27 @@ def published(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
 
 
-def newest_name(folder: Path) -> str:
-    """For messages: the newest whole checkpoint, or that there is none."""
-    found = published(folder)
-    return str(found[-1]) if found else "none yet"
-
-
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, keep: int
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, totals: dict, keep: int
 ) -> Path:
     """Write `folder/step-NNNNNN` and drop all but the newest `keep` (-1: keep all). Collective.
 
-    Raises WeightsError, on every rank, when any rank cannot write; then nothing has been published or dropped.
+    `settings` are what a run must share to continue from here, `totals` what it has counted so far. Raises
+    WeightsError, on every rank, when any rank cannot write; then nothing has been published or dropped.
     """
     target = folder / f"step-{step:06d}"
     written = target.with_suffix(".tmp")
-    first = dist.get_rank() == 0
     with together(written):
-        if first:
-            shutil.rmtree(written, ignore_errors=True)  # of a run that died while saving
+        if first_rank():
+            for left_over in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:  # by a run that died here
+                shutil.rmtree(left_over)
             written.mkdir(parents=True)
     weights = _trainable(model)
     write_tensors(weights, written, "model")
     write_tensors(optimizer_tensors(weights, optimizer), written, "optimizer")
     with together(written):
-        if first:
-            state = {"step": step, "ranks": dist.get_world_size(), "settings": settings}
+        if first_rank():
+            state = {"step": step, "ranks": dist.get_world_size(), "settings": settings, "totals": totals}
             write_durably(written / "state.json", json.dumps(state, indent=2) + "\n")
             sync(written)
             written.rename(target)
@@ -71,14 +66,14 @@ def save(
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> int:
-    """Fill model and optimizer from a checkpoint written by any number of ranks; returns its step.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> tuple[int, dict]:
+    """Fill model and optimizer from a checkpoint written by any number of ranks; returns its step and totals.
 
     Raises CheckpointError, naming each difference, when it was made with other `settings`.
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        step, saved = int(state["step"]), dict(state["settings"])
+        step, saved, totals = int(state["step"]), dict(state["settings"]), dict(state["totals"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's state ({error})") from None
     differing = [f"{k} was {saved.get(k)!r}, is {settings.get(k)!r}"
@@ -89,7 +84,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, setting
     read_tensors(weights, path, "model")
     read_tensors(optimizer_tensors(weights, optimizer), path, "optimizer")
     set_optimizer_step(optimizer, step)
-    return step
+    return step, totals
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

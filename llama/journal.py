@@ -8,10 +8,10 @@ from llama.errors import UserError
 
 
 def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
-    """Where this run writes. A former run's folder is only ever continued, and only when asked.
+    """Make and name the folder of this run. A former run's folder is only ever continued, and only when asked.
 
     Without a wish, `default`, or the first free of default-2, default-3, ...; to resume, the newest of those.
-    Raises UserError for a wished folder that is taken, or to resume where no run of ours is.
+    Raises UserError for a wished folder that is taken, to resume where no run of ours is, and where none can be made.
     """
     if wanted is not None:
         folder = Path(wanted)
@@ -20,25 +20,28 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
             raise UserError(f"--resume: {folder} holds no run (no run.json)")
         if taken and not resume:
             raise UserError(f"--output {folder}: exists already; name another folder, or continue it with --resume")
+        _make(folder, exist_ok=True)
         return folder
-    number, folder = 1, Path(default)
-    while folder.exists():
-        number += 1
-        folder = Path(f"{default}-{number}")
-    if resume:
-        if number == 1:
-            raise UserError(f"--resume: there is no run to continue at {default}")
-        folder = Path(default if number == 2 else f"{default}-{number - 1}")
-        if not (folder / "run.json").is_file():  # somebody else's, or of a run that died before it began
-            raise UserError(f"--resume: {folder} holds no run (no run.json)")
-    return folder
+    names = [default, *(f"{default}-{number}" for number in range(2, 10_000))]
+    if not resume:
+        return next(Path(name) for name in names if _make(Path(name), exist_ok=False))
+    if not Path(default).exists():
+        raise UserError(f"--resume: there is no run to continue at {default}")
+    newest = [name for name in names if Path(name).exists()][-1]
+    if not (Path(newest) / "run.json").is_file():  # somebody else's, or of a run that died before it began
+        raise UserError(f"--resume: {newest} holds no run (no run.json)")
+    return Path(newest)
 
 
-def make_folder(folder: Path) -> None:
+def _make(folder: Path, exist_ok: bool) -> bool:
+    """False when the folder is there already: perhaps another run that started at the same moment."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        return False
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}") from None
+    return True
 
 
 class Journal:

@@ -61,6 +61,7 @@ class Llama(nn.Module):
         scalar, 0 when R = 0. The vocabulary is only ever computed for `rows`, in pieces when there is a target.
         """
         x = self.embed_tokens(tokens)
+        # Angles are exact in fp32; only their sines may be rounded, so that q and k stay in their own dtype.
         cos, sin = (table.to(x.dtype) for table in rope_table(self.config, positions))
         for layer in self.layers:
             x = layer(x, cos, sin, context)

@@ -1,7 +1,7 @@
 """Processes, devices and sharding, applied to a finished model from outside. The model never knows.
 
-The order is fixed: build on the meta device -> checkpoint activations per layer -> compile per layer -> shard per
-layer, then the rest -> allocate the shards -> load. One code path serves any number of ranks, one included.
+The order is fixed: build on the meta device -> compile each layer -> let it forget its activations -> shard per layer,
+then the rest -> allocate the shards -> load. One code path serves any number of ranks, one included.
 """
 
 import os
@@ -17,13 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from llama.config import ModelConfig
 from llama.errors import UserError
 from llama.model import Llama
 
-TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others in a collective before it gives up
+# How long a rank waits for the others before it gives up, in a collective or at the start, while a slower node may
+# still be encoding data.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def ranks() -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "MASTER_ADDR" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # After a restart by torchrun the store still holds the dead attempt's addresses: each attempt its own keys.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     else:
@@ -101,19 +103,19 @@ def build(
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if activation_checkpointing:
-            checkpoint_activations(layer)
+            forget_activations(layer)
     shard(model, ranks.mesh, dtype, reshard_after_forward)
     model.to_empty(device=ranks.device)
     return model
 
 
-def checkpoint_activations(layer: nn.Module) -> None:
-    """Keep only the layer's input and compute the rest again in the backward: memory for one more forward.
+def forget_activations(layer: nn.Module) -> None:
+    """Activation checkpointing: keep only the layer's input and compute the rest again in the backward.
 
     `forward` is replaced on the instance, so no wrapper module appears in parameter names. Chen et al. 2016,
     https://arxiv.org/abs/1604.06174
     """
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
 
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:

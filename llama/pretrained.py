@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from llama.config import ModelConfig, read_config
+from llama.errors import UserError
 from llama.model import Llama
 from llama.slices import (
     WeightsError,
@@ -25,8 +27,28 @@ from llama.slices import (
     write_durably,
     write_tensors,
 )
+from llama.tokenizer import Tokenizer, load_tokenizer
 
+# What an export writes: a left-over folder with anything else in it is not ours to delete.
 EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")
+
+
+def open_folder(folder: str | Path, max_length: int) -> tuple[dict, ModelConfig, Tokenizer]:
+    """A folder's config.json, its configuration and its tokenizer, which must fit each other and the texts."""
+    config_json, tokenizer = read_config(folder), load_tokenizer(folder)
+    config = ModelConfig.from_dict(config_json, where=f"{folder}/config.json")
+    check_fit(config, tokenizer, max_length)
+    return config_json, config, tokenizer
+
+
+def check_fit(config: ModelConfig, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises UserError when the model lacks a row for some token, or positions for texts so long."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                        f"{config.vocab_size}")
+    if max_length > config.max_position_embeddings:
+        raise UserError(f"--max_length {max_length}: the model was made for at most {config.max_position_embeddings} "
+                        "tokens")
 
 
 def load(model: Llama, folder: str | Path) -> None:

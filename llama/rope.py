@@ -38,7 +38,7 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, for positions (T). Two tensors (T, 1, H/2), always fp32.
 
-    bf16 holds 8 significant bits: angles past position 256 would be off by more than a whole turn of the fastest pair.
+    bf16 holds 8 significant bits: position 257 would round to 256, and from there on neighbours become one.
     """
     angles = positions.float()[:, None, None] * rope_frequencies(config, positions.device)
     return angles.cos(), angles.sin()

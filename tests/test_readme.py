@@ -89,26 +89,29 @@ def test_the_evaluation_command_prints_the_accuracy(trained, clone):
 
 
 def test_the_resume_command_continues_the_run(trained, clone):
+    """Here the run has died between its last checkpoint and its export; resumed again, it is finished."""
     [command] = [c for c in TRAINER if "--resume" in c]
+    (trained / "summary.json").unlink()
     assert "resuming after step 2 of 2" in run(command, clone)
+    assert json.loads((trained / "summary.json").read_text())["examples"] == 128
+    assert "finished already" in run(command, clone)
 
 
 def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
     """A tiny Hugging Face folder and the bundled reviews under the names that the README uses."""
     [command] = [c for c in TRAINER if "SmolLM2" in c]
     (clone / "SmolLM2-135M-Instruct").symlink_to(trained / "model")
-    (clone / "imdb").symlink_to(clone / "assets/imdb_sample")
-    run(command, clone)
+    run(command.replace("HuggingFaceTB/", "") + " --data_dir assets/imdb_sample", clone)
     assert (clone / "runs/imdb-SmolLM2-135M-Instruct/model/config.json").exists()
 
 
 def test_the_command_for_two_nodes_joins_them(trained, clone):
     """Two launchers on this machine stand for two nodes: one process each instead of eight."""
     [command] = [c for c in TRAINER if "--nnodes" in c]
-    command = command.replace("node0", "127.0.0.1").replace("--nproc_per_node 8", "--nproc_per_node 1")
+    command = command.replace("$HEAD_NODE", "127.0.0.1").replace("--nproc_per_node 8", "--nproc_per_node 1")
     command = command.replace("meta-llama/Llama-2-7b-hf", str(trained / "model")) + " --data_dir assets/imdb_sample"
     command = command.replace("torchrun", "torchrun --master_port 29871") + " --output runs/two-nodes"
-    nodes = [start(command.replace("--node_rank 0", f"--node_rank {rank}"), clone) for rank in range(2)]
+    nodes = [start(command.replace("$SLURM_NODEID", str(rank)), clone) for rank in range(2)]
     told = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told[0][-2000:] + told[1][-2000:]
     assert json.loads((clone / "runs/two-nodes/summary.json").read_text())["ranks"] == 2
