@@ -14,7 +14,8 @@ from pathlib import Path
 import sentencepiece
 
 ASSETS = Path(__file__).parent
-VOCABULARY = 1280
+MODEL = ASSETS / "tiny" / "tokenizer.model"
+VOCABULARY = 1280  # enough for every word of the reviews to be one piece
 # The prompt of --data imdb frames every example, so its words and both labels must be single pieces:
 # repeated this often they win their merges before any word of the reviews.
 PROMPT_REPEATS = 2000
@@ -23,8 +24,8 @@ PROMPT = """Given a movie review/comment by a user in following format:
 <review>
 #### Answer:
 <answer>
-Please rate the movie review as positive or negative from the perspective of the user's overall personal feelings to \
-the movie. Answer it with only 'positive' or 'negative' without any explanation.
+Please rate the movie review as positive or negative from the perspective of the user's overall personal \
+feelings to the movie. Answer it with only 'positive' or 'negative' without any explanation.
 #### Answer: positive
 #### Answer: negative"""
 
@@ -35,7 +36,7 @@ def corpus():
     return PROMPT.splitlines() * PROMPT_REPEATS + [json.loads(row)["text"] for row in reviews]
 
 
-def write_tokenizer(path=ASSETS / "tiny" / "tokenizer.model"):
+def write_tokenizer(path=MODEL):
     """Train on the corpus and write the model file."""
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
