@@ -74,7 +74,7 @@ class Settings:
     compile: bool = setting(False, "compile each layer (half a minute at the start)")
     # What to keep
     output: str | None = setting(None, "the run's folder; runs/DATA-MODEL, or the next free number of it")
-    eval_every: int = setting(0, "evaluate every N steps; 0: only before and after")
+    eval_every: int | None = setting(None, "evaluate every N steps; 0, only before and after; for tiny its recipe's")
     eval_limit: int = setting(1000, "held-out examples to evaluate on, a fixed random choice; 0: all")
     save_every: int = setting(0, "save a checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep; -1: all")
@@ -96,7 +96,7 @@ class Settings:
             ("max_grad_norm", self.max_grad_norm, "0 or more", 0 <= self.max_grad_norm < math.inf),
             ("max_length", self.max_length, "2 or more", self.max_length >= 2),
             ("seed", self.seed, "0 or more", self.seed >= 0),
-            ("eval_every", self.eval_every, "0 or more", self.eval_every >= 0),
+            ("eval_every", self.eval_every, "0 or more", self.eval_every is None or self.eval_every >= 0),
             ("eval_limit", self.eval_limit, "0 or more", self.eval_limit >= 0),
             ("save_every", self.save_every, "0 or more", self.save_every >= 0),
             ("keep_checkpoints", self.keep_checkpoints, "1 or more, or -1",
@@ -108,10 +108,10 @@ class Settings:
 
     def with_recipe(self, ranks: int) -> "Settings":
         """Fill what was left open: a pretrained model wants a gentle rate, a new one a strong one and more passes."""
-        recipe = {"epochs": 1.0, "batch_size": 16, "learning_rate": 2e-5, "beta2": 0.999}
+        recipe = {"epochs": 1.0, "batch_size": 16, "learning_rate": 2e-5, "beta2": 0.999, "eval_every": 0}
         if self.model == "tiny":  # 64 examples a step on any number of ranks, so the curve is the same everywhere
             per_rank = max(1, 64 // (ranks * self.gradient_accumulation_steps))
-            recipe = {"epochs": 4.0, "batch_size": per_rank, "learning_rate": 5e-3, "beta2": 0.95}
+            recipe = {"epochs": 5.0, "batch_size": per_rank, "learning_rate": 5e-3, "beta2": 0.95, "eval_every": 50}
         return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})
 
 

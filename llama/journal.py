@@ -92,7 +92,7 @@ def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
     steps, losses = zip(*train, strict=True)
     smooth, mean = [], losses[0]
     for loss in losses:
-        mean += (loss - mean) * max(0.05, 1 / (len(smooth) + 1))
+        mean += (loss - mean) * max(0.1, 1 / (len(smooth) + 1))
         smooth.append(mean)
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
     axis.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss, each step")
@@ -100,7 +100,7 @@ def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
     tested = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
     if tested:
         axis.plot([s for s, _ in tested], [m["loss"] for _, m in tested], "o-", color="#d94801", label="held-out loss")
-    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title, ylim=(0, None))
+    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title, yscale="log")
     axis.grid(alpha=0.25)
     handles, labels = axis.get_legend_handles_labels()
     if any("accuracy" in m for _, m in tested):
@@ -110,7 +110,7 @@ def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
         right.set(ylabel="accuracy", ylim=(0, 1.02))
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axis.legend(handles, labels, fontsize=8, loc="center right")
-    figure.tight_layout()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))  # room for the legend below
     figure.savefig(out)
     plt.close(figure)

@@ -273,7 +273,7 @@ MISTAKES = {
     "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
     "empty file": (["--data", "{empty}"], "empty.jsonl: no rows"),
     "nothing to predict": (["--metric", "perplexity", "--predictions", "p.jsonl"], "--predictions p.jsonl"),
-    "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model 1000"),
+    "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
     "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),
     "result cannot be written": (["--output", "{parts}"], "--output {parts}: Is a directory"),
 }
