@@ -64,6 +64,8 @@ def resolve(name: str, data_dir: str | None, use_hub: bool = True) -> Source:
         if files:
             return Source(name, files)
         return Source(name, _split_files(SAMPLE), bundled_sample=True)
+    if data_dir is not None:
+        raise DataError(f"--data_dir {data_dir}: only for a named data set ({', '.join(HUB)}), found --data {name}")
     path = Path(name)
     if path.is_dir():
         return Source(name, _split_files(path))
@@ -127,8 +129,9 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
                 for row in file.read_row_group(group).to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({reason})") from None
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
@@ -290,7 +293,11 @@ def encode_file(
                 made = folder.with_suffix(f"{ours}{os.getpid()}")
                 made.mkdir()
                 try:
-                    _encode_into(made, path, TEMPLATES[template], tokenizer, max_length, truncate_side, quiet)
+                    try:
+                        _encode_into(made, path, TEMPLATES[template], tokenizer, max_length, truncate_side, quiet)
+                    except OSError as error:
+                        reason = error.strerror or error
+                        raise DataError(f"{made}: {reason}; free some space, or set LLAMA_CACHE") from None
                     try:
                         made.rename(folder)
                     except OSError as error:
@@ -298,7 +305,10 @@ def encode_file(
                             raise DataError(f"{folder}: {error.strerror}, expected to put encoded data there") from None
                 finally:
                     shutil.rmtree(made, ignore_errors=True)
-    return EncodedData(folder)
+    try:
+        return EncodedData(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: damaged, delete it to have the data encoded again ({error})") from None
 
 
 def cache_folder() -> Path:

@@ -50,6 +50,8 @@ class Settings:
     def __post_init__(self):
         wrong = [f"--{name} {getattr(self, name)}: expected {least} or more" for name, least in (
             ("batch_size", 1), ("limit", 0), ("max_length", 2)) if getattr(self, name) < least]
+        if self.predictions and self.predictions == self.output:
+            wrong.append(f"--predictions {self.predictions}: expected another file than --output")
         if self.predictions and self.metric != "accuracy":  # nothing is predicted, so the file would be empty
             wrong.append(f"--predictions {self.predictions}: expected --metric accuracy with it")
         if wrong:
@@ -58,7 +60,9 @@ class Settings:
 
 def answer_ids(template, tokenizer: Tokenizer) -> list[int]:
     """The first token of each answer word. Raises DataError when two words begin with the same token."""
-    ids = [tokenizer.encode(word, continues=True)[0] for word in template.answers]
+    ids = [(tokenizer.encode(word, continues=True) or [None])[0] for word in template.answers]
+    if None in ids:
+        raise DataError(f"{tokenizer.path}: has no token for {template.answers[ids.index(None)]!r}")
     if len(set(ids)) < len(ids):
         raise DataError(f"{tokenizer.path}: the answers {template.answers} begin with the same token, so one forward "
                         "cannot tell them apart")
@@ -105,6 +109,8 @@ def evaluate(
         predicted |= dict(zip(part, guesses, strict=True))
     dist.all_reduce(sums)
     loss, labels, right, examples = sums.tolist()
+    if not np.isfinite(loss):
+        raise UserError(f"the loss over {int(examples)} held-out examples is {loss}: the model's weights are unusable")
     metrics = {"loss": loss / labels} | ({"accuracy": right / examples} if words is not None else {})
     return metrics | {"n": int(examples)}, predicted
 

@@ -35,6 +35,7 @@ from llama.journal import Journal, choose_folder, draw_loss_curve
 from llama.model import Llama
 from llama.optim import SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.slices import sharded_parameters, together
 from llama.tokenizer import Tokenizer, load_tokenizer
 
 TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny"
@@ -83,7 +84,7 @@ class Settings:
 
     def __post_init__(self):
         wrong = [f"--{name} {value}: expected {expected}" for name, value, expected, fine in (
-            ("epochs", self.epochs, "more than 0", self.epochs is None or 0 < self.epochs < math.inf),
+            ("epochs", self.epochs, "more than 0, at most 1e6", self.epochs is None or 0 < self.epochs <= 1e6),
             ("max_steps", self.max_steps, "0 or more", self.max_steps >= 0),
             ("batch_size", self.batch_size, "1 or more", self.batch_size is None or self.batch_size >= 1),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps, "1 or more",
@@ -166,6 +167,9 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     output, saved = _agreed_folder(settings, here)
     if saved and (output / "summary.json").exists() and saved.name == f"step-{steps:06d}":
         return say(f"{output} is finished already, after step {steps} of {steps}")
+    if settings.resume and not saved and (output / "model").exists():
+        raise UserError(f"--resume: {output} has a model but no checkpoint to continue from, and a new start would "
+                        "replace it")
     # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
@@ -232,6 +236,9 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
                 journal.write(step=done, held_out=after)
                 progress.write(f"step {done}: {_told(after)}")
         if last or (settings.save_every and done % settings.save_every == 0):
+            if not _all_finite(model, here):
+                raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole checkpoints: "
+                                f"{_newest(output) or 'none yet'}")
             checkpoint.save(output / "checkpoints", done, model, optimizer, binding, totals, settings.keep_checkpoints)
     progress.close()
     if first_step == steps:
@@ -253,7 +260,6 @@ def _finish(
         seconds = totals["seconds"]  # of the steps alone, without evaluations and saves
         speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
         journal.close()
-        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.source)}")
         summary = {
             "data": settings.data, "bundled_sample": task.source.bundled_sample, "model": settings.model,
             "ranks": here.world_size, "steps": steps,
@@ -262,6 +268,7 @@ def _finish(
             "peak_memory_bytes": int(peak), "before": before, "after": after,
         }
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.source)}")
         print(f"before: {_told(before)}\nafter:  {_told(after)}")
         print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
               f"model/, loss.png, metrics.jsonl and summary.json are in {output}")
@@ -293,6 +300,14 @@ def train_step(
     if norm.isfinite():
         clip_gradients(model, norm, settings.max_grad_norm)
     return float(total) / labels, float(norm), labels
+
+
+def _all_finite(model: Llama, here: Ranks) -> bool:
+    """Whether no rank holds an infinity or NaN: such weights are never published. Collective."""
+    finite = all(bool(p.to_local().isfinite().all()) for p in sharded_parameters(model).values())
+    agreed = torch.tensor(int(finite), device=here.device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed)
 
 
 def _newest(output: Path) -> Path | None:
@@ -371,8 +386,14 @@ def _nothing(*_) -> None:
 @record  # gives torchrun the real traceback of the rank that failed first
 def main() -> None:
     settings = parse(Settings, description=__doc__).with_recipe(int(os.environ.get("WORLD_SIZE", 1)))
-    task = prepare(settings)
+    try:
+        task, error = prepare(settings), None
+    except UserError as caught:  # told to the others before it is raised: they would wait for this process to join
+        task, error = None, caught
     with ranks() as here:
+        with together(Path(settings.data)):
+            if error:
+                raise error
         train(settings, task, here)
 
 

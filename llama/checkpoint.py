@@ -73,9 +73,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, setting
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        step, saved, totals = int(state["step"]), dict(state["settings"]), dict(state["totals"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's state ({error})") from None
+        saved, totals = dict(state["settings"]), dict(state["totals"])
+        if state["step"] != (step := int(NAME.fullmatch(path.name)[1])):
+            raise ValueError(f"step {state['step']!r:.40}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: not the state of this checkpoint ({error})") from None
     differing = [f"{k} was {saved.get(k)!r}, is {settings.get(k)!r}"
                  for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
     if differing:

@@ -45,10 +45,20 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
 
 
 def run(main: Callable[[], None]) -> NoReturn | None:
-    """Call `main`; a UserError becomes one line on stderr, from rank 0 alone, and exit status 2 on every rank."""
+    """Call `main`; a UserError becomes one line on stderr, once a machine, and exit status 2 on every rank.
+
+    So does what the system refuses (a full disk, a forbidden file), which only one rank may have met.
+    """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)  # what it quotes may have several
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

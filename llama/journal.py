@@ -73,9 +73,12 @@ def read_metrics(path: Path) -> list[dict]:
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+                if type(line["step"]) is not int:
+                    break
+            except (ValueError, TypeError, KeyError):
                 break
+            lines.append(line)
     return lines
 
 
@@ -100,7 +103,7 @@ def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
     tested = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
     if tested:
         axis.plot([s for s, _ in tested], [m["loss"] for _, m in tested], "o-", color="#d94801", label="held-out loss")
-    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title, yscale="log")
+    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title.replace("$", r"\$"), yscale="log")
     axis.grid(alpha=0.25)
     handles, labels = axis.get_legend_handles_labels()
     if any("accuracy" in m for _, m in tested):

@@ -101,10 +101,10 @@ def test_the_command_line_grows_only_on_purpose(settings, flags):
 
 @pytest.mark.parametrize("rank, printed", [(None, True), ("0", True), ("1", False), ("10", False)])
 def test_run_prints_a_user_error_once_and_every_rank_exits_with_status_2(monkeypatch, capsys, rank, printed):
-    """R9: four ranks that find the same mistake say it once."""
-    monkeypatch.delenv("RANK", raising=False)
+    """R9: four ranks that find the same mistake say it once on each machine."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
 
     def main():
         raise UserError("rows.jsonl:3: found\nthis, expected that")
@@ -117,9 +117,9 @@ def test_run_prints_a_user_error_once_and_every_rank_exits_with_status_2(monkeyp
 
 
 def test_run_leaves_everything_else_alone(capsys):
-    """A bug of ours keeps its traceback, an interrupt its meaning, and success is silent."""
+    """A bug of ours keeps its traceback, and success is silent."""
     assert run(lambda: None) is None
-    for error in (ValueError("ours"), KeyboardInterrupt(), SystemExit(7)):
+    for error in (ValueError("ours"), OSError("ours, without a file"), SystemExit(7)):
 
         def main(error=error):
             raise error
@@ -130,8 +130,21 @@ def test_run_leaves_everything_else_alone(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_what_the_system_refuses_is_one_line_and_an_interrupt_none(capsys):
+    """R3: a full disk or a forbidden file is told by name, by whichever rank met it."""
+    for error, status in ((PermissionError(13, "Permission denied", "/x/run.json"), 2), (KeyboardInterrupt(), 130)):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == status
+    assert capsys.readouterr() == ("", "/x/run.json: Permission denied\n")
+
+
 OUT_OF_RANGE = {
-    "epochs": [0.0, -1.0, float("nan"), float("inf")], "max_steps": [-1], "batch_size": [0, -3],
+    "epochs": [0.0, -1.0, float("nan"), float("inf"), 1e9], "max_steps": [-1], "batch_size": [0, -3],
     "gradient_accumulation_steps": [0], "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
     "beta2": [-0.1, 1.0, float("nan")], "warmup_ratio": [-0.1, 1.1, float("nan")],
     "weight_decay": [-0.1, float("nan"), float("inf")], "max_grad_norm": [-1.0, float("nan"), float("inf")],

@@ -419,7 +419,7 @@ def test_a_parquet_file_cut_short_or_damaged_is_an_error_of_one_line(tmp_path, b
     whole = parquet_file(path, *reviews(300))
     for keep in (0, 1, 8, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:keep])
-        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: not a whole Parquet file \([^\n]+\)$"):
+        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: cannot be read as Parquet [^\n]+\)$"):
             encode_file(path, "imdb", bundled, 512, quiet=True)
 
 
@@ -654,13 +654,24 @@ def test_two_processes_at_once_both_succeed_and_give_the_same(tmp_path, own_cach
     assert sorted(p.suffix for p in own_cache.iterdir()) == ["", ".lock"]
 
 
+def test_a_damaged_cache_is_named(tmp_path, own_cache, bundled):
+    """R5, R21: cut short by a full disk or a crash of the machine; never a traceback, never wrong tokens."""
+    path = write_rows(tmp_path / "train.jsonl", reviews(5))
+    encode_file(path, "imdb", bundled, 128, quiet=True)
+    [folder] = [p for p in own_cache.iterdir() if p.is_dir()]
+    (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:-40])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}: damaged, delete it"):
+        encode_file(path, "imdb", bundled, 128, quiet=True)
+
+
 def test_an_encoder_that_fails_leaves_nothing_behind(tmp_path, own_cache, bundled, monkeypatch):
     """R21, R3: nor does one that is interrupted."""
     path = write_rows(tmp_path / "train.jsonl", reviews(5))
-    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+    for error, seen in ((OSError(28, "No space left on device"), DataError),
+                        (KeyboardInterrupt(), KeyboardInterrupt)):
         with monkeypatch.context() as patched:
             patched.setattr(np, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
-            with pytest.raises(type(error)):
+            with pytest.raises(seen):
                 encode_file(path, "imdb", bundled, 128, quiet=True)
         assert [p.suffix for p in own_cache.iterdir()] == [".lock"]
     assert len(encode_file(path, "imdb", bundled, 128, quiet=True)) == 5

@@ -227,7 +227,7 @@ def test_the_loss_curve_is_drawn(tmp_path, monkeypatch, case):
     assert list(left.get_lines()[0].get_xdata()) == [line["step"] for line in LINES[case] if "loss" in line]
     assert ("held-out loss" in labels) == case.startswith("with ")
     assert ("held-out accuracy" in labels) == (case == "with accuracy") == bool(right)
-    assert [text.get_text() for text in left.get_legend().get_texts()] == labels
+    assert [text.get_text() for text in left.figure.legends[0].get_texts()] == labels
 
 
 def test_the_running_mean_begins_as_the_mean_of_all_losses(tmp_path, monkeypatch):

@@ -207,16 +207,19 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, case, monkeypatch, ca
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(ranks, tmp_path):
-    """C4, R11: every rank raises, naming the step and the newest whole checkpoint, which is untouched."""
-    assert ranks(2, stopped_by_nan, tmp_path) == [True, True]
+    """C4, R11: every rank raises, naming the step and the newest whole checkpoint; broken weights are not saved."""
+    assert ranks(2, stopped_by_nan, tmp_path, 0) == [(2, "step 4: loss nan")] * 2
+    assert ranks(2, stopped_by_nan, tmp_path, 1) == [(2, "step 3: a weight")] * 2
+    assert [p.name for p in checkpoint.published(tmp_path / "out1/checkpoints")] == ["step-000001", "step-000002"]
 
 
-def stopped_by_nan(folder: Path) -> bool:
+def stopped_by_nan(folder: Path, save_every: int) -> tuple[int, str]:
+    """The last update that was made, and how the error begins."""
     os.environ["LLAMA_CACHE"] = str(folder / "cache")
     if dist.get_rank() == 0:
         write_reviews(folder / "data")
     dist.barrier()
-    chosen = settings(folder / "data", folder / "out", save_every=1)
+    chosen = settings(folder / "data", folder / f"out{save_every}", save_every=save_every)
     real, updates = fsdp_train.learning_rate, []
 
     def poison(step, *rest):  # called just before each update: the third update is an infinite step
@@ -230,8 +233,38 @@ def stopped_by_nan(folder: Path) -> bool:
         told = str(error)
     finally:
         fsdp_train.learning_rate = real
-    # Update 3 broke the weights, so step 4 sees it and makes no update: 3 were made, the checkpoint of 3 is the newest.
-    return updates == [0, 1, 2] and "step 4" in told and "\n" not in told and not (folder / "out/model").exists()
+    assert "\n" not in told and not (folder / f"out{save_every}/model").exists()
+    return updates[-1], " ".join(told.split()[:4]).rstrip(",")
+
+
+def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(tmp_path):
+    """R9, C43: two launchers stand for two nodes; the second finds no data, and nobody waits for it to join."""
+    data = write_reviews(tmp_path / "data")
+    environment = os.environ | {"LLAMA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--master_addr",
+             "127.0.0.1", "--master_port", "29873", str(ROOT / "fsdp_train.py"), "--data", str(where), "--output",
+             str(tmp_path / "out")],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank, where in enumerate([data, tmp_path / "nowhere"])
+    ]
+    told = [node.communicate(timeout=120)[0] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert all("nowhere: no such file or folder" in text for text in told), told
+
+
+def test_a_lost_checkpoint_never_lets_a_resume_replace_the_model(tmp_path, monkeypatch, capsys):
+    """R17: without the checkpoint it would be a new start over a finished run."""
+    data = write_reviews(tmp_path / "data")
+    (tmp_path / "out/model").mkdir(parents=True)
+    (tmp_path / "out/run.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), "--batch_size", "4", "--resume", "--output",
+                                      str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        fsdp_train.run(fsdp_train.main)
+    assert "no checkpoint to continue from" in capsys.readouterr().err
+    assert (tmp_path / "out/model").exists()
 
 
 def wait_for(condition, seconds: float) -> bool:
