@@ -165,8 +165,6 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         steps = min(steps, settings.max_steps)
     dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
     output, saved = _agreed_folder(settings, here)
-    if saved and (output / "summary.json").exists() and saved.name == f"step-{steps:06d}":
-        return say(f"{output} is finished already, after step {steps} of {steps}")
     if settings.resume and not saved and (output / "model").exists():
         raise UserError(f"--resume: {output} has a model but no checkpoint to continue from, and a new start would "
                         "replace it")
@@ -177,6 +175,11 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     binding |= {"steps": steps, "global_batch": global_batch, "dtype": str(dtype), "data": settings.data,
                 "fingerprint": data.fingerprint, "bundled_sample": task.source.bundled_sample}
     _agree(binding, here)
+    first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
+    if saved:
+        first_step, totals = checkpoint.read_state(saved, binding)
+    if first_step == steps and (output / "summary.json").exists():
+        return say(f"{output} is finished already, after step {steps} of {steps}")
 
     model = build(task.config, here, dtype, settings.sharding == "full", settings.activation_checkpointing == "full",
                   settings.compile)
@@ -185,9 +188,8 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     else:
         pretrained.load(model, task.folder)
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2)
-    first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
     if saved:
-        first_step, totals = checkpoint.load(saved, model, optimizer, binding)
+        checkpoint.load(saved, model, optimizer, first_step)
     _announce(settings, task, here, binding, output, say)
     if settings.resume:
         say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))

@@ -66,8 +66,8 @@ def save(
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> tuple[int, dict]:
-    """Fill model and optimizer from a checkpoint written by any number of ranks; returns its step and totals.
+def read_state(path: Path, settings: dict) -> tuple[int, dict]:
+    """The step of a checkpoint and what its run had counted by then.
 
     Raises CheckpointError, naming each difference, when it was made with other `settings`.
     """
@@ -82,11 +82,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, setting
                  for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
     if differing:
         raise CheckpointError(f"{path}: made with other settings: {'; '.join(differing)}")
+    return step, totals
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Fill model and optimizer from a checkpoint of `step` updates, written by any number of ranks."""
     weights = _trainable(model)
     read_tensors(weights, path, "model")
     read_tensors(optimizer_tensors(weights, optimizer), path, "optimizer")
     set_optimizer_step(optimizer, step)
-    return step, totals
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

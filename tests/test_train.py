@@ -254,6 +254,25 @@ def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(tmp_path):
     assert all("nowhere: no such file or folder" in text for text in told), told
 
 
+def test_other_settings_are_refused_by_name_also_by_a_finished_run(ranks, tmp_path):
+    """R7: each difference, before anything is loaded; with the same settings a finished run says so and stays."""
+    data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out))
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    told = ranks(1, refused, tmp_path / "cache", settings(data, out, resume=True, learning_rate=0.5, seed=3))[0]
+    assert "learning_rate was 0.001, is 0.5; seed was 0, is 3" in told
+    assert ranks(1, refused, tmp_path / "cache", settings(data, out, resume=True)) == [""]
+    assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def refused(cache: Path, chosen: fsdp_train.Settings) -> str:
+    try:
+        in_workers(cache, chosen)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_a_lost_checkpoint_never_lets_a_resume_replace_the_model(tmp_path, monkeypatch, capsys):
     """R17: without the checkpoint it would be a new start over a finished run."""
     data = write_reviews(tmp_path / "data")
