@@ -261,7 +261,7 @@ class EncodedData:
     def __len__(self) -> int:
         return len(self.answers)
 
-    @property
+    @cached_property  # asked for several times a step
     def lengths(self) -> np.ndarray:
         """Tokens in each example, (n) int64."""
         return np.diff(self.offsets)

@@ -20,6 +20,8 @@ try:
 except ImportError:
     varlen_attn = None
 
+# Its signature moved between releases: `is_causal` in 2.10, `window_size` and `enable_gqa` from 2.12.
+VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 BLOCK = 128  # rows of queries alive at once; with 9 heads and 512 keys, 1.2 MB of bf16 scores: about one core's cache
 
 
@@ -46,10 +48,9 @@ class PackedDocuments:
 
     def attend_varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         longest = max(self.lengths)
-        arguments = inspect.signature(varlen_attn).parameters
-        causal = {"window_size": (-1, 0)} if "window_size" in arguments else {"is_causal": True}
+        causal = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}
         if q.shape[1] != k.shape[1]:
-            if "enable_gqa" in arguments:
+            if "enable_gqa" in VARLEN_ARGUMENTS:
                 causal["enable_gqa"] = True
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
