@@ -1,40 +1,80 @@
-"""From a file of rows to encoded examples: read -> render -> encode.
+"""The data sets: where their files are, which template renders them, what is held out. This script shows them.
 
-Reading yields one dict per row and says where it stood. A template renders a row as segments of text, some of which
-are the answer. Each segment is encoded on its own and the ids are joined, so the prompt used at inference is by
-construction a strict prefix of what was trained on. Encoded examples lie end to end in a memory-mapped cache that is
-made once per content; `llama/batches.py` makes packed batches of them.
+    python data.py --data imdb --show 3                                          the bundled sample, as tiny sees it
+    python data.py --data rows.jsonl --model DIR --template my.txt --show 3      rows and a template of your own
+    python data.py --data dolly:open_qa --data_dir DIR --model DIR               counts, lengths and charts only
+
+Rows are read (`llama/rows.py`), rendered as segments of text (`llama/templates.py`, `llama/chat.py`) and encoded
+(`llama/encoding.py`). Labels are shown in colour, or [[between brackets]] where there is no colour.
 """
 
-import fcntl
-import hashlib
-import itertools
 import json
 import os
-import platform
-import shutil
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-import llama.tokenizer
+from llama.chat import LAYOUTS, Chat, layout_of
+from llama.cli import CheckedSettings, parse, run, setting
+from llama.encoding import EncodedData, Renderer, encode_file
 from llama.errors import UserError
-from llama.hub import download_dataset
-from llama.tokenizer import Tokenizer
+from llama.hub import download_dataset, find_model
+from llama.rows import READERS, DataError, read
+from llama.templates import TEMPLATES, Template, described
+from llama.tokenizer import Tokenizer, load_tokenizer
 
-SAMPLE = Path(__file__).parent / "assets" / "imdb_sample"
+ASSETS = Path(__file__).parent / "assets"
+TINY_TOKENIZER = ASSETS / "tiny"
+SAMPLE = ASSETS / "imdb_sample"
 BUNDLED_SAMPLE = "DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that"
-HUB = {"imdb": ("stanfordnlp/imdb", "plain_text/{split}-00000-of-00001.parquet")}
 
 
-class DataError(UserError):
-    """Rows or files that cannot be used as they are."""
+class Named(NamedTuple):
+    """A public data set: the template of the same name renders it."""
+
+    repo: str  # on the hub
+    config: str
+    splits: dict[str, str]  # ours, and the hub's names of them
+
+
+BOTH = {"train": "train", "test": "test"}
+NAMED = {
+    "imdb": Named("stanfordnlp/imdb", "plain_text", BOTH),
+    "alpaca": Named("yahma/alpaca-cleaned", "default", {"train": "train"}),
+    "dolly": Named("databricks/databricks-dolly-15k", "default", {"train": "train"}),
+    "quotes": Named("Abirate/english_quotes", "default", {"train": "train"}),
+    "grammar": Named("jhu-clsp/jfleg", "default", {"train": "validation", "test": "test"}),
+    "gsm8k": Named("openai/gsm8k", "main", BOTH),
+    "chat": Named("HuggingFaceH4/no_robots", "default", BOTH),
+}
+HELD_OUT = 0.05  # of a data set without a test file
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(CheckedSettings):
+    """What every script asks about its data."""
+
+    data: str = setting("imdb", f"{', '.join(NAMED)}; a file ({', '.join(READERS)}); or a folder with train.* and "
+                        "test.*; NAME:CATEGORY for rows of one category, as dolly:open_qa")
+    data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*, or its only file; "
+                                   "else it is had from the hub")
+    template: str | None = setting(None, f"how rows become prompts and answers: {', '.join(TEMPLATES)}, chat, "
+                                   f"{', '.join(LAYOUTS)}, or a file of your own; else what the fields tell")
+    max_length: int = setting(512, "tokens per example; only what the template allows is cut")
+    truncate_side: str = setting("right", "which end of a prompt's text is cut", choices=("left", "right"))
+    test_fraction: float | None = setting(None, "part of the rows to hold out, the same for every seed; "
+                                          f"{HELD_OUT:g} where there is no test file")
+    skip_bad_rows: bool = setting(False, "leave out rows that cannot be used, and count them")
+
+    def checks(self):
+        return [
+            ("max_length", "2 or more", self.max_length >= 2),
+            ("test_fraction", "0 to 1, without 1", self.test_fraction is None or 0 <= self.test_fraction < 1),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,282 +87,154 @@ class Source:
 
     name: str
     files: dict[str, Path]
+    category: str | None = None
     bundled_sample: bool = False
 
 
-def resolve(name: str, data_dir: str | None, use_hub: bool = True) -> Source:
+def resolve(data: str, data_dir: str | None, use_hub: bool = True) -> Source:
     """Find the train and test files of a named data set, or of a path. Raises DataError when there are none.
 
     A named set is looked for in `data_dir`, then on the hub; where neither has it, `imdb` falls back to the bundled
     synthetic sample, which the returned source says.
     """
-    if name in HUB:
+    name, _, category = data.partition(":")
+    if name in NAMED:
+        category = category or None
         if data_dir is not None:
-            folder = Path(data_dir)
-            return Source(name, _split_files(folder), bundled_sample=folder.resolve() == SAMPLE.resolve())
-        files = download_dataset(*HUB[name]) if use_hub else None
-        if files:
-            return Source(name, files)
-        return Source(name, _split_files(SAMPLE), bundled_sample=True)
+            path = Path(data_dir)
+            bundled = path.resolve() == SAMPLE.resolve()
+            return Source(name, {"train": path} if path.is_file() else _split_files(path), category, bundled)
+        try:
+            if not use_hub:
+                raise UserError("the hub was not asked")
+            return Source(name, download_dataset(*NAMED[name]), category)
+        except UserError as error:
+            if name == "imdb":
+                return Source(name, _split_files(SAMPLE), category, bundled_sample=True)
+            raise DataError(f"--data {data}: {error}; give --data_dir, a folder with its train"
+                            f"{' or train'.join(READERS)}") from None
     if data_dir is not None:
-        raise DataError(f"--data_dir {data_dir}: only for a named data set ({', '.join(HUB)}), found --data {name}")
-    path = Path(name)
+        raise DataError(f"--data_dir {data_dir}: only for a named data set ({', '.join(NAMED)}), found --data {data}")
+    path = Path(data)
     if path.is_dir():
-        return Source(name, _split_files(path))
+        return Source(data, _split_files(path))
     if path.is_file():
-        return Source(name, {"train": path})
-    raise DataError(f"--data {name}: no such file or folder, nor one of the named data sets ({', '.join(HUB)})")
+        return Source(data, {"train": path})
+    raise DataError(f"--data {data}: no such file or folder, nor one of the named data sets ({', '.join(NAMED)})")
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
+    """train.* and test.*; validation.* in the place of one that is not there; else the only data file as train."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     found = {}
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         paths = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
         if len(paths) > 1:
             raise DataError(f"{folder}: both {paths[0].name} and {paths[1].name}; expected one {split} file")
         if paths:
             found[split] = paths[0]
-    if not found:
-        raise DataError(f"{folder}: no train or test file, expected {' or '.join('train' + s for s in READERS)}")
-    return found
+    if validation := found.pop("validation", None):
+        found.setdefault("test" if "train" in found else "train", validation)
+    if found:
+        return found
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(tuple(READERS)) and path.is_file())
+    if len(files) == 1:
+        return {"train": files[0]}
+    raise DataError(f"{folder}: no train or test file, expected {' or '.join('train' + s for s in READERS)}"
+                    + (f", found {len(files)} others" if files else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: a row is (where it stood, its fields)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """One JSON object a line. Raises DataError with file:line for anything else."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text, object_pairs_hook=_without_repetition)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: byte {error.start} is not UTF-8") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: found {type(row).__name__}, expected a JSON object")
-            yield where, row
-
-
-def _without_repetition(pairs: list) -> dict:
-    """json would silently keep the last of two values under one name."""
-    if len(fields := dict(pairs)) < len(pairs):
-        raise ValueError("a field comes twice")
-    return fields
-
-
-def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a Parquet file, one row group in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                for row in file.read_row_group(group).to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({reason})") from None
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
-
-
-def read(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a .jsonl or .parquet file, with the place of each."""
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: expected a name ending in {' or '.join(READERS)}")
-    return READERS[path.suffix](path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering: a row becomes segments of text
+# How they become examples
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of text that is encoded on its own. Loss falls on `answer` segments, truncation on `may_cut` ones."""
+class DataSet:
+    """Encoded examples, and how they came about. `test` is None where nothing is held out; `held_out`, where it was
+    taken from the train file, says how."""
 
-    text: str
-    answer: bool = False
-    may_cut: bool = False
-
-
-class ImdbTemplate:
-    """Sentiment as generation: the review between a question and its one-word answer (notebook prompt of the IMDB
-    recipe, word for word). The answer starts with its own space, so the prompt needs none at its end."""
-
-    name = "imdb"
-    answers = (" negative", " positive")  # indexed by the row's `label`
-    before = (
-        "Given a movie review/comment by a user in following format:\n"
-        "#### Movie review:\n<review>\n#### Answer:\n<answer>\n"
-        "Please rate the movie review as positive or negative from the perspective of the user's overall personal "
-        "feelings to the movie. Answer it with only 'positive' or 'negative' without any explanation.\n"
-        "\n#### Movie review:\n"
-    )
-    after = "\n\n#### Answer:"
-
-    def render(self, row: dict, where: str) -> tuple[list[Segment], int]:
-        """Segments of one row and the index of its answer. Raises DataError when the fields do not fit."""
-        text, label = row.get("text"), row.get("label")
-        if not isinstance(text, str) or type(label) is not int:
-            found = ", ".join(f"{key!r:.40}: {type(value).__name__}" for key, value in list(row.items())[:8])
-            raise DataError(f"{where}: found fields {{{found}}}, expected {{text: str, label: int}}")
-        if label not in (0, 1):
-            raise DataError(f"{where}: label is {label}, expected 0 (negative) or 1 (positive)")
-        if not text.strip():
-            raise DataError(f"{where}: text is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # an escape in JSON can smuggle half a character in
-            raise DataError(f"{where}: character {error.start} of text is a lone surrogate, not Unicode") from None
-        prompt = [Segment(self.before), Segment(text, may_cut=True), Segment(self.after)]
-        return [*prompt, Segment(self.answers[label], answer=True)], label
+    source: Source
+    template: Renderer
+    train: EncodedData | None
+    test: EncodedData | None
+    held_out: dict | None
 
 
-TEMPLATES = {"imdb": ImdbTemplate()}
+def load(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, splits=("train", "test")) -> DataSet:
+    """Everything between the flags and encoded examples. Each process does this alone, and only one does the work.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding: segments become ids, once per content
-
-
-def encode_rows(
-    rows: list[list[Segment]], tokenizer: Tokenizer, max_length: int, truncate_side: str, answer_room: int = 0
-) -> list[tuple[list[int], list[bool], bool] | None]:
-    """Ids, for each whether it is part of the answer, and whether any were cut; None where the uncuttable parts alone
-    exceed max_length.
-
-    At least `answer_room` tokens are kept free for the answer: given the length of the longest one, a prompt is cut
-    alike whatever its answer, and also without one, at inference.
-    All texts of the rows go to the tokenizer in two batches (text beginnings and continuations), which it encodes
-    on all cores.
+    Raises DataError where there is no such data, and BadRows where rows cannot be used.
     """
-    texts = {False: [], True: []}
-    for segments in rows:
-        for i, segment in enumerate(segments):
-            texts[i > 0].append(segment.text)
-    ids = {
-        continues: dict(zip(unique, tokenizer.encode_batch(unique, continues=continues), strict=True))
-        for continues, unique in ((c, list(dict.fromkeys(t))) for c, t in texts.items())
-    }
-    encoded = []
-    for segments in rows:
-        pieces = [list(ids[i > 0][segment.text]) for i, segment in enumerate(segments)]
-        answer = sum(len(piece) for piece, segment in zip(pieces, segments, strict=True) if segment.answer)
-        excess = sum(map(len, pieces)) + max(0, answer_room - answer) - max_length
-        was_cut = excess > 0
-        for piece, segment in zip(pieces, segments, strict=True):
-            if segment.may_cut and excess > 0:
-                begin = int(piece is pieces[0] and tokenizer.bos_id is not None)  # the beginning of text stays
-                cut = min(excess, len(piece) - begin)
-                first = begin if truncate_side == "left" else len(piece) - cut
-                del piece[first : first + cut]
-                excess -= cut
-        if excess > 0:
-            encoded.append(None)
-            continue
-        is_answer = [s.answer for s, piece in zip(segments, pieces, strict=True) for _ in piece]
-        encoded.append(([i for piece in pieces for i in piece], is_answer, was_cut))
-    return encoded
+    source = resolve(settings.data, settings.data_dir, use_hub)
+    template = find_template(settings.template, source, tokenizer)
+
+    def encoded(split: str) -> EncodedData | None:
+        if split not in source.files:
+            return None
+        return encode_file(source.files[split], template, tokenizer, settings.max_length, settings.truncate_side,
+                           source.category, settings.skip_bad_rows, quiet=not is_local_first())
+
+    if "test" in source.files:
+        if settings.test_fraction:
+            raise DataError(f"--test_fraction {settings.test_fraction}: expected a data set without a test file, found "
+                            f"{source.files['test']}")
+        return DataSet(source, template, *(encoded(s) if s in splits else None for s in ("train", "test")), None)
+    everything = encoded("train")
+    fraction = HELD_OUT if settings.test_fraction is None else settings.test_fraction
+    train, test = hold_out(len(everything), fraction)
+    if not len(test):
+        return DataSet(source, template, everything, None, None)
+    held_out = {"fraction": fraction, "seed": HELD_OUT_SEED, "examples": len(test)}
+    return DataSet(source, template, everything.subset(train), everything.subset(test), held_out)
 
 
-class EncodedData:
-    """Encoded examples, memory-mapped from a cache folder: nothing but the pages in use is in memory.
+HELD_OUT_SEED = 0  # not the run's, so that runs of different seeds are tested on the same examples
 
-    tokens (all ids end to end) int32, is_answer bool beside them, offsets (n + 1) int64; for each of the n examples
-    label_counts, and in answers the index of its label word. Rows whose fixed parts were too long are `rejected`.
+
+def hold_out(examples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples to train on and which to hold out: a random choice, in the order of the file."""
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(examples)
+    count = max(1, round(examples * fraction)) if fraction and examples > 1 else 0
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Renderer:
+    """The template that was asked for, or that of a named data set, or the one that a file's fields belong to.
+
+    Raises DataError when there is none, or more than one, or the file of one is not well formed.
     """
-
-    def __init__(self, folder: Path):
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self.is_answer = np.load(folder / "is_answer.npy", mmap_mode="r")
-        self.offsets, self.answers = np.load(folder / "offsets.npy"), np.load(folder / "answers.npy")
-        self.label_counts = np.load(folder / "label_counts.npy")
-        about = json.loads((folder / "about.json").read_text())
-        self.truncated: int = about["truncated"]
-        self.rejected: list[int] = about["rejected"]  # the first five, by their number in the file
-        self.rejected_count: int = about["rejected_count"]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells any two different sets of encoded examples apart."""
-        return f"{zlib.crc32(self.offsets, zlib.crc32(self.is_answer, zlib.crc32(self.tokens))):08x}"
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    @cached_property  # asked for several times a step
-    def lengths(self) -> np.ndarray:
-        """Tokens in each example, (n) int64."""
-        return np.diff(self.offsets)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and is_answer of example i, each (length)."""
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.is_answer[part]
-
-
-def encode_file(
-    path: Path, template: str, tokenizer: Tokenizer, max_length: int, truncate_side: str = "right", quiet: bool = False
-) -> EncodedData:
-    """Encode every row of a file, or reuse the cache of an earlier time.
-
-    The cache is keyed by content: of the data, of the tokenizer's files, of this code, and the settings. It appears by
-    a rename, whole or not at all. Processes that want the same one wait for whoever is at it (on a file lock, which
-    the system drops when its holder dies), never in a collective that could time out.
-    """
-    key = _digest([path, *tokenizer.files, Path(__file__), Path(llama.tokenizer.__file__)])
-    key = hashlib.sha256(f"{key} {template} {max_length} {truncate_side}".encode()).hexdigest()[:32]
-    folder = cache_folder() / key
-    if not folder.exists():
-        with _locked(folder.with_suffix(".lock")) as alone:
-            if not folder.exists():
-                ours = f".tmp-{platform.node()}-"  # a lock may hold on one machine only: leave what others may be at
-                for left_over in folder.parent.glob(f"{key}{ours}*") if alone else []:  # of a process that died at it
-                    shutil.rmtree(left_over, ignore_errors=True)
-                made = folder.with_suffix(f"{ours}{os.getpid()}")
-                made.mkdir()
-                try:
-                    try:
-                        _encode_into(made, path, TEMPLATES[template], tokenizer, max_length, truncate_side, quiet)
-                    except OSError as error:
-                        reason = error.strerror or error
-                        raise DataError(f"{made}: {reason}; free some space, or set LLAMA_CACHE") from None
-                    try:
-                        made.rename(folder)
-                    except OSError as error:
-                        if not folder.exists():  # else another machine has published the same content
-                            raise DataError(f"{folder}: {error.strerror}, expected to put encoded data there") from None
-                finally:
-                    shutil.rmtree(made, ignore_errors=True)
+    if name is None:
+        name = source.name if source.name in NAMED else _guess(next(iter(source.files.values())))
+    if name == "chat":
+        name = layout_of(tokenizer)
+    if name in LAYOUTS:
+        return Chat(name)
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not Path(name).is_file():
+        known = ", ".join([*TEMPLATES, "chat", *LAYOUTS])
+        raise DataError(f"--template {name}: no such file, nor one of {known}")
     try:
-        return EncodedData(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: damaged, delete it to have the data encoded again ({error})") from None
+        return Template(name, Path(name).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"--template {name}: byte {error.start} is not UTF-8") from None
 
 
-def cache_folder() -> Path:
-    """$LLAMA_CACHE, else a folder of ours in the user's cache. Raises DataError when it cannot be made."""
-    base = os.environ.get("LLAMA_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llama-fine-tuning"
-    )
-    try:
-        os.makedirs(base, exist_ok=True)
-        if not os.access(base, os.W_OK):
-            raise PermissionError(13, "not writable")
-    except OSError as error:
-        raise DataError(f"{base}: {error.strerror}; set LLAMA_CACHE to a folder for encoded data") from None
-    return Path(base)
+def _guess(path: Path) -> str:
+    first = next((row for _, row in read(path) if isinstance(row, dict)), {})
+    known = {name: template.fields for name, template in TEMPLATES.items()} | {"chat": Chat.fields}
+    fitting = [name for name, fields in known.items() if fields <= first.keys()]
+    if len(fitting) == 1:
+        return fitting[0]
+    what = f"fit {' and '.join(fitting)}" if fitting else "are those of no known template"
+    raise DataError(f"{path}: the fields {described(first)} {what}; say which with --template, {', '.join(known)} or "
+                    "a file of your own")
+
+
+def run_name(data: str) -> str:
+    """What a run's folder is called after."""
+    return Path(data).name.partition(".")[0].replace(":", "-")
 
 
 def is_local_first() -> bool:
@@ -330,73 +242,119 @@ def is_local_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _digest(paths: list[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-    return total.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at them
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Wait until no other process of this machine is in this block; False where nothing can promise that."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:  # some network file systems have no locks: then two may do the same work, safely
-            alone = False
-        yield alone
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings):
+    script = "data.py"
+
+    model: str = setting("tiny", "whose tokenizer: tiny, a Hugging Face folder, or a hub id")
+    show: int = setting(0, "print so many examples")
+    output: str | None = setting(None, "folder for lengths.png and labels.png; runs/DATA-shown")
+
+    def checks(self):
+        return [*super().checks(), ("show", "0 or more", self.show >= 0)]
 
 
-def _encode_into(
-    folder: Path, path: Path, template, tokenizer: Tokenizer, max_length: int, truncate_side: str, quiet: bool
-) -> None:
-    """Encode a file of any size in batches of rows; only the lengths are held in memory."""
-    lengths, label_counts, answers, rejected, truncated, rejected_count = [], [], [], [], 0, 0
-    rows = (template.render(row, where) + (where,) for where, row in read(path))
-    answer_room = max(map(len, tokenizer.encode_batch(list(template.answers), continues=True)))
-    with open(folder / "tokens.raw", "wb") as tokens, open(folder / "is_answer.raw", "wb") as is_answer, \
-            tqdm(desc=f"encoding {path.name}", unit=" rows", disable=quiet, leave=False) as progress:
-        while batch := list(itertools.islice(rows, 2000)):
-            segments = [segments for segments, _, _ in batch]
-            encoded = encode_rows(segments, tokenizer, max_length, truncate_side, answer_room)
-            for (_, answer, where), example in zip(batch, encoded, strict=True):
-                if example is None:
-                    rejected_count += 1
-                    rejected += [int(where.rpartition(":")[2])] * (len(rejected) < 5)
-                    continue
-                ids, mask, was_cut = example
-                np.asarray(ids, np.int32).tofile(tokens)
-                np.asarray(mask, np.bool_).tofile(is_answer)
-                lengths.append(len(ids))
-                label_counts.append(sum(mask))
-                answers.append(answer)
-                truncated += was_cut
-            progress.update(len(batch))
-    if not lengths:
-        if rejected_count:
-            raise DataError(f"{path}:{rejected[0]}: the prompt without its text is longer than --max_length "
-                            f"{max_length}, as in all {rejected_count} rows")
-        raise DataError(f"{path}: no rows")
-    for name, dtype in (("tokens", np.int32), ("is_answer", np.bool_)):
-        _as_npy(folder / f"{name}.raw", folder / f"{name}.npy", dtype, sum(lengths))
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(folder / "label_counts.npy", np.asarray(label_counts, np.int64))
-    np.save(folder / "answers.npy", np.asarray(answers, np.int16))
-    about = {"truncated": truncated, "rejected": rejected, "rejected_count": rejected_count}
-    (folder / "about.json").write_text(json.dumps(about))
+def statistics(data: EncodedData) -> dict:
+    """Counts (`truncated`: examples that lost tokens), and of the tokens per example mean, median, 95th percentile
+    and greatest."""
+    lengths = data.lengths
+    return {
+        "examples": len(data), "tokens": int(lengths.sum()), "labels": int(data.label_counts.sum()),
+        "truncated": int(data.was_cut.sum()), "mean": float(lengths.mean()), "p50": float(np.median(lengths)), "p95": float(np.percentile(lengths, 95)),
+        "max": int(lengths.max()),
+    }
 
 
-def _as_npy(raw: Path, out: Path, dtype: type, count: int) -> None:
-    """Put the .npy header before raw values that were streamed to disk before their number was known."""
-    with open(raw, "rb") as source, open(out, "wb") as target:
-        np.lib.format.write_array_header_1_0(
-            target, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (count,)}
-        )
-        shutil.copyfileobj(source, target, 1 << 20)
-    raw.unlink()
+def shown(ids: np.ndarray, labelled: np.ndarray, tokenizer: Tokenizer, colour: bool) -> str:
+    """One example as text, its labels marked and its control tokens spelled out."""
+    marks = {True: ("\x1b[1;32m", "\x1b[0m") if colour else ("[[", "]]"), False: ("", "")}
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or labelled[end] != labelled[start]:
+            before, after = marks[bool(labelled[start])]
+            parts.append(before + _spelled(ids[start:end].tolist(), tokenizer, start == 0) + after)
+            start = end
+    return "".join(parts)
+
+
+def _spelled(ids: list[int], tokenizer: Tokenizer, begins: bool) -> str:
+    text, plain = "", []
+    for id in [*ids, None]:
+        name = tokenizer.control_name(id) if id is not None else ""
+        if name is None:
+            plain.append(id)
+            continue
+        decoded = tokenizer.decode(plain, continues=bool(text) or not begins)
+        # What rows say must not steer the terminal.
+        text += "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in decoded) + name
+        plain = []
+    return text
+
+
+def draw(splits: dict[str, EncodedData], answers: tuple[str, ...], max_length: int, folder: Path, title: str) -> None:
+    """lengths.png, how long the examples are, and labels.png, how many have each answer (or how many labels)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}, expected a folder for charts") from None
+    for name, xlabel in (("lengths", "tokens per example"), ("labels", "answer" if answers else "labels per example")):
+        figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
+        for number, (split, data) in enumerate(splits.items()):
+            label = f"{split}, {len(data)} examples"
+            if name == "labels" and answers:
+                places = np.arange(len(answers)) + 0.4 * (number - 0.5 * (len(splits) - 1))
+                axis.bar(places, np.bincount(data.answers, minlength=len(answers)), 0.4, label=label)
+                axis.set_xticks(range(len(answers)), [answer.strip() for answer in answers])
+            else:
+                axis.hist(data.lengths if name == "lengths" else data.label_counts, bins=50, alpha=0.6, label=label)
+        if name == "lengths":
+            axis.axvline(max_length, color="#d94801", linestyle="--", label=f"--max_length {max_length}")
+        axis.set(xlabel=xlabel, ylabel="examples", title=title.replace("$", r"\$"))
+        axis.legend()
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+
+
+def main() -> None:
+    settings = parse(Settings, description=__doc__)
+    tiny = settings.model == "tiny"
+    tokenizer = load_tokenizer(TINY_TOKENIZER if tiny else find_model(settings.model))
+    data = load(settings, tokenizer, use_hub=not (tiny and settings.data == "imdb"))
+    if data.source.bundled_sample:
+        print(BUNDLED_SAMPLE)
+    print(f"template: {data.template.name}" + (f"; held out: {json.dumps(data.held_out)}" if data.held_out else ""))
+    splits = {name: part for name, part in (("train", data.train), ("test", data.test)) if part}
+    print(f"{'':8}{'examples':>10}{'tokens':>12}{'labels':>10}{'mean':>8}{'p50':>7}{'p95':>7}{'max':>7}{'cut':>8}")
+    for name, part in splits.items():
+        told = statistics(part)
+        print(f"{name:8}{told['examples']:10}{told['tokens']:12}{told['labels']:10}{told['mean']:8.1f}{told['p50']:7.0f}"
+              f"{told['p95']:7.0f}{told['max']:7}{told['truncated'] / len(part):8.1%}")
+        counts = Counter(part.answers.tolist())
+        for i, word in enumerate(data.template.answers):
+            print(f"{'':10}{word.strip()}: {counts[i]} ({counts[i] / len(part):.1%})")
+    for part in {id(part.tokens): part for part in splits.values()}.values():
+        if part.bad_rows:
+            print(f"{part.bad_rows} rows were left out:", *part.bad, sep="\n  ")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    first = next(iter(splits.values()))
+    for i in range(min(settings.show, len(first))):
+        ids, labelled = first[i]
+        print(f"--- example {i + 1}: row {first.rows[i]}, {len(ids)} tokens, {first.label_counts[i]} labels")
+        print(shown(ids, labelled, tokenizer, colour))
+    folder = Path(settings.output or f"runs/{run_name(settings.data)}-shown")
+    draw(splits, data.template.answers, settings.max_length, folder, f"{data.source.name} as {data.template.name}")
+    print(f"lengths.png and labels.png are in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,7 +9,7 @@ Every example is scored exactly once, whatever the number of ranks and the batch
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,46 +19,48 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data import BUNDLED_SAMPLE, TEMPLATES, DataError, EncodedData, encode_file, is_local_first, resolve
+from data import BUNDLED_SAMPLE, DataSettings, is_local_first, load
 from llama import pretrained
 from llama.batches import deal, pack
 from llama.cli import parse, run, setting
+from llama.encoding import EncodedData, Renderer
 from llama.errors import UserError
 from llama.hub import find_model
 from llama.model import Llama
 from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.rows import DataError
 from llama.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings):
+    script = "evaluate.py"
+
     model: str = setting(help="a Hugging Face folder, or a hub id")
-    data: str = setting("imdb", "imdb, or a .jsonl or .parquet file, or a folder with train.* and test.*")
-    data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*")
-    split: str = setting("test", "which part to score; a single file is scored whole", choices=("train", "test"))
+    split: str = setting("test", "which part to score; a single file is scored whole unless --test_fraction is given",
+                         choices=("train", "test"))
     limit: int = setting(0, "score a fixed random choice of this many examples; 0: all")
-    metric: str = setting("accuracy", "accuracy: of the answer word; perplexity: of every token of the rendered text",
-                          choices=("accuracy", "perplexity"))
+    metric: str | None = setting(None, "accuracy: of the answer word; loss: of the answers; perplexity: of every token "
+                                 "of the rendered text; accuracy where there are answer words, else loss",
+                                 choices=("accuracy", "loss", "perplexity"))
     batch_size: int = setting(16, "examples per rank and forward")
-    max_length: int = setting(512, "tokens per example; only the text that may be cut is cut")
-    truncate_side: str = setting("right", "which end of the text is cut", choices=("left", "right"))
     dtype: str | None = setting(None, "what to compute in; bfloat16 where the device has it, else float32",
                                 choices=("bfloat16", "float32"))
     output: str | None = setting(None, "write the metrics to this JSON file")
     predictions: str | None = setting(None, "write one JSON line per example, in the order of the file")
 
-    def __post_init__(self):
-        wrong = [f"--{name} {getattr(self, name)}: expected {least} or more" for name, least in (
-            ("batch_size", 1), ("limit", 0), ("max_length", 2)) if getattr(self, name) < least]
-        if self.predictions and self.predictions == self.output:
-            wrong.append(f"--predictions {self.predictions}: expected another file than --output")
-        if self.predictions and self.metric != "accuracy":  # nothing is predicted, so the file would be empty
-            wrong.append(f"--predictions {self.predictions}: expected --metric accuracy with it")
-        if wrong:
-            raise UserError(f"evaluate.py: {'; '.join(wrong)}")
+    def checks(self):
+        return [
+            *super().checks(),
+            ("batch_size", "1 or more", self.batch_size >= 1),
+            ("limit", "0 or more", self.limit >= 0),
+            ("predictions", "another file than --output", not self.predictions or self.predictions != self.output),
+            # nothing is predicted, so the file would be empty
+            ("predictions", "--metric accuracy with it", not self.predictions or self.metric in (None, "accuracy")),
+        ]
 
 
-def answer_ids(template, tokenizer: Tokenizer) -> list[int]:
+def answer_ids(template: Renderer, tokenizer: Tokenizer) -> list[int]:
     """The first token of each answer word. Raises DataError when two words begin with the same token."""
     ids = [(tokenizer.encode(word, continues=True) or [None])[0] for word in template.answers]
     if None in ids:
@@ -78,14 +80,13 @@ def choose(examples: int, limit: int) -> np.ndarray:
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
 def evaluate(
-    model: Llama, data: EncodedData, ranks: Ranks, batch_size: int, limit: int = 0, words: list[int] | None = None,
-    every_token: bool = False,
+    model: Llama, data: EncodedData, ranks: Ranks, batch_size: int, limit: int = 0, words: list[int] | None = None
 ) -> tuple[dict, dict[int, int]]:
     """Metrics over all ranks, and this rank's predictions {example: index of the answer word}.
 
     `loss` is the sum of the negative log-likelihoods of all labelled tokens divided by their number, in nats: neither
     batch size nor number of ranks enters. `accuracy`, given the token ids of the answer `words`: how often the right
-    one is the likeliest of them. `every_token` labels the whole text but its first token. Collective.
+    one is the likeliest of them. Collective.
     """
     model.eval()
     indices = choose(len(data), limit)
@@ -95,7 +96,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, labels, right answers, examples
     predicted = {}
     for part in tqdm(mine, desc="evaluating", unit=" batches", disable=not ranks.is_first, leave=False):
-        batch = pack(data, part, ranks.device, every_token)
+        batch = pack(data, part, ranks.device)
         inputs = (batch.tokens, batch.documents.positions, batch.documents, batch.rows)
         if words is None:
             sums += torch.stack([model(*inputs, batch.targets).double(), *_counts(batch, 0, ranks.device)])
@@ -124,41 +125,47 @@ def main() -> None:
     settings = parse(Settings, description=__doc__)
     folder = find_model(settings.model)
     _, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
-    source = resolve(settings.data, settings.data_dir)
-    lone_file = source.files.get("train") == Path(settings.data)  # then no split was named by the file
-    split = "train" if lone_file else settings.split
-    if split not in source.files:
-        raise DataError(f"--split {split}: {settings.data} has no such file, only {', '.join(source.files)}")
-    if source.bundled_sample and is_local_first():
+    # A file that nothing names a split of is scored whole.
+    whole = Path(settings.data).is_file() and not settings.test_fraction
+    split = "train" if whole else settings.split
+    found = load(replace(settings, test_fraction=settings.test_fraction or 0.0) if whole else settings, tokenizer,
+                 splits=(split,))
+    data = found.train if split == "train" else found.test
+    if data is None:
+        raise DataError(f"--split {split}: {settings.data} has no such part, only {', '.join(found.source.files)}")
+    if found.source.bundled_sample and is_local_first():
         print(BUNDLED_SAMPLE, file=sys.stderr)
-    template = TEMPLATES["imdb"]
-    data = encode_file(source.files[split], template.name, tokenizer, settings.max_length, settings.truncate_side,
-                       quiet=not is_local_first())
-    words = answer_ids(template, tokenizer) if settings.metric == "accuracy" else None
+    answers = found.template.answers
+    metric = settings.metric or ("accuracy" if answers else "loss")
+    if not answers and (metric == "accuracy" or settings.predictions):
+        raise DataError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
+    words = answer_ids(found.template, tokenizer) if metric == "accuracy" else None
+    if metric == "perplexity":
+        data = data.labelling_prompts()
     with ranks() as here:
         dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
         model = build(config, here, dtype)
         pretrained.load(model, folder)
         started = time.perf_counter()
-        metrics, predicted = evaluate(model, data, here, settings.batch_size, settings.limit, words,
-                                      every_token=words is None)
+        metrics, predicted = evaluate(model, data, here, settings.batch_size, settings.limit, words)
         seconds = time.perf_counter() - started
         gathered = [None] * here.world_size
         dist.all_gather_object(gathered, predicted)
         if not here.is_first:
             return
-        if words is None:
+        if metric == "perplexity":
             metrics["perplexity"] = float(np.exp(metrics["loss"]))
-        about = {"model": settings.model, "data": settings.data, "bundled_sample": source.bundled_sample,
-                 "split": None if lone_file else split, "rejected": data.rejected_count, "ranks": here.world_size}
+        about = {"model": settings.model, "data": settings.data, "template": found.template.name,
+                 "bundled_sample": found.source.bundled_sample, "split": None if whole else split,
+                 "held_out": None if whole else found.held_out, "bad_rows": data.bad_rows, "ranks": here.world_size}
         result = about | metrics | {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}
         print(json.dumps(result, indent=2))
         if settings.output:
             _write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
             guesses = {i: guess for part in gathered for i, guess in part.items()}
-            lines = [{"index": i, "prediction": template.answers[guesses[i]].strip(),
-                      "answer": template.answers[data.answers[i]].strip()} for i in sorted(guesses)]
+            lines = [{"row": int(data.rows[i]), "prediction": answers[guesses[i]].strip(),
+                      "answer": answers[data.answers[i]].strip()} for i in sorted(guesses)]
             _write("predictions", settings.predictions, "".join(json.dumps(line) + "\n" for line in lines))
 
 

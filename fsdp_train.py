@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data import BUNDLED_SAMPLE, TEMPLATES, EncodedData, Source, encode_file, is_local_first, resolve
+from data import BUNDLED_SAMPLE, TINY_TOKENIZER, DataSet, DataSettings, Source, load, run_name
 from evaluate import answer_ids, evaluate
 from llama import checkpoint, pretrained
-from llama.batches import deal, global_batch_of, pack, total_steps
+from llama.batches import Schedule, pack
 from llama.cli import parse, run, setting
 from llama.config import TINY, ModelConfig
+from llama.encoding import EncodedData
 from llama.errors import UserError
 from llama.hub import find_model
 from llama.journal import Journal, choose_folder, draw_loss_curve
@@ -38,23 +39,23 @@ from llama.parallel import Ranks, build, preferred_dtype, ranks
 from llama.slices import sharded_parameters, together
 from llama.tokenizer import Tokenizer, load_tokenizer
 
-TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny"
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings):
+    """Every setting of a run, its default, and what it means; those of the data are in data.py."""
 
-@dataclass(frozen=True)
-class Settings:
-    """Every setting of a run, its default, and what it means."""
+    script = "fsdp_train.py"
 
     # What
     model: str = setting("tiny", "tiny (a preset trained from scratch), a Hugging Face folder, or a hub id")
-    data: str = setting("imdb", "imdb, or a .jsonl or .parquet file, or a folder with train.* and test.*")
-    data_dir: str | None = setting(None, "folder with the named data set's train.* and test.*")
-    max_length: int = setting(512, "tokens per example; only the text that may be cut is cut")
-    truncate_side: str = setting("right", "which end of the text is cut", choices=("left", "right"))
+    train_on_prompt: bool = setting(False, "learn to predict prompts too, not only answers")
     # How
     epochs: float | None = setting(None, "passes over the data; 1, and for tiny what its recipe says")
     max_steps: int = setting(0, "at most so many optimizer steps, over which the rate runs its course; 0: as --epochs")
     batch_size: int | None = setting(None, "examples per rank and micro-batch; 16, and for tiny what its recipe says")
+    batch_tokens: int = setting(0, "instead of counting examples, fill each rank's micro-batch with whole ones up to "
+                                "so many tokens; 0: count examples")
+    group_by_length: bool = setting(False, "put examples of similar length into the same step")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
     learning_rate: float | None = setting(None, "peak rate; 2e-5, and for tiny what its recipe says")
     lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
@@ -82,30 +83,28 @@ class Settings:
     resume: bool = setting(False, "continue the run in the output folder from its newest whole checkpoint")
     log_every: int = setting(1, "write every Nth step to metrics.jsonl")
 
-    def __post_init__(self):
-        wrong = [f"--{name} {value}: expected {expected}" for name, value, expected, fine in (
-            ("epochs", self.epochs, "more than 0, at most 1e6", self.epochs is None or 0 < self.epochs <= 1e6),
-            ("max_steps", self.max_steps, "0 or more", self.max_steps >= 0),
-            ("batch_size", self.batch_size, "1 or more", self.batch_size is None or self.batch_size >= 1),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps, "1 or more",
-             self.gradient_accumulation_steps >= 1),
-            ("learning_rate", self.learning_rate, "more than 0",
-             self.learning_rate is None or 0 < self.learning_rate < math.inf),
-            ("beta2", self.beta2, "0 to 1, without 1", self.beta2 is None or 0 <= self.beta2 < 1),
-            ("warmup_ratio", self.warmup_ratio, "0 to 1", 0 <= self.warmup_ratio <= 1),
-            ("weight_decay", self.weight_decay, "0 or more", 0 <= self.weight_decay < math.inf),
-            ("max_grad_norm", self.max_grad_norm, "0 or more", 0 <= self.max_grad_norm < math.inf),
-            ("max_length", self.max_length, "2 or more", self.max_length >= 2),
-            ("seed", self.seed, "0 or more", self.seed >= 0),
-            ("eval_every", self.eval_every, "0 or more", self.eval_every is None or self.eval_every >= 0),
-            ("eval_limit", self.eval_limit, "0 or more", self.eval_limit >= 0),
-            ("save_every", self.save_every, "0 or more", self.save_every >= 0),
-            ("keep_checkpoints", self.keep_checkpoints, "1 or more, or -1",
-             self.keep_checkpoints >= 1 or self.keep_checkpoints == -1),
-            ("log_every", self.log_every, "1 or more", self.log_every >= 1),
-        ) if not fine]
-        if wrong:
-            raise UserError(f"fsdp_train.py: {'; '.join(wrong)}")
+    def checks(self):
+        return [
+            *super().checks(),
+            ("epochs", "more than 0, at most 1e6", self.epochs is None or 0 < self.epochs <= 1e6),
+            ("max_steps", "0 or more", self.max_steps >= 0),
+            ("batch_size", "1 or more", self.batch_size is None or self.batch_size >= 1),
+            ("batch_tokens", f"0, or --max_length {self.max_length} or more",
+             self.batch_tokens == 0 or self.batch_tokens >= self.max_length),
+            ("batch_tokens", "0 with --group_by_length", not (self.batch_tokens and self.group_by_length)),
+            ("gradient_accumulation_steps", "1 or more", self.gradient_accumulation_steps >= 1),
+            ("learning_rate", "more than 0", self.learning_rate is None or 0 < self.learning_rate < math.inf),
+            ("beta2", "0 to 1, without 1", self.beta2 is None or 0 <= self.beta2 < 1),
+            ("warmup_ratio", "0 to 1", 0 <= self.warmup_ratio <= 1),
+            ("weight_decay", "0 or more", 0 <= self.weight_decay < math.inf),
+            ("max_grad_norm", "0 or more", 0 <= self.max_grad_norm < math.inf),
+            ("seed", "0 or more", self.seed >= 0),
+            ("eval_every", "0 or more", self.eval_every is None or self.eval_every >= 0),
+            ("eval_limit", "0 or more", self.eval_limit >= 0),
+            ("save_every", "0 or more", self.save_every >= 0),
+            ("keep_checkpoints", "1 or more, or -1", self.keep_checkpoints >= 1 or self.keep_checkpoints == -1),
+            ("log_every", "1 or more", self.log_every >= 1),
+        ]
 
     def with_recipe(self, ranks: int) -> "Settings":
         """Fill what was left open: a pretrained model wants a gentle rate, a new one a strong one and more passes."""
@@ -124,10 +123,9 @@ class Task:
     config_json: dict
     folder: Path | None  # of the pretrained weights; None: start from random ones
     tokenizer: Tokenizer
-    source: Source
-    train: EncodedData
-    test: EncodedData | None
-    words: list[int]  # the first token of each answer word
+    data: DataSet
+    train: EncodedData  # with the labels to train on
+    words: list[int] | None  # the first token of each answer word; None where answers are free text
 
 
 def prepare(settings: Settings) -> Task:
@@ -140,29 +138,26 @@ def prepare(settings: Settings) -> Task:
         folder = find_model(settings.model)
         config_json, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
     # The tiny preset belongs to the bundled sample: nothing is downloaded for it.
-    source = resolve(settings.data, settings.data_dir, use_hub=folder is not None)
-    template = TEMPLATES["imdb"]
-    encoded = {
-        split: encode_file(path, template.name, tokenizer, settings.max_length, settings.truncate_side,
-                           quiet=not is_local_first())
-        for split, path in source.files.items()
-    }
-    if "train" not in encoded:
+    data = load(settings, tokenizer, use_hub=folder is not None or settings.data != "imdb")
+    if data.train is None:
         raise UserError(f"--data {settings.data}: has no train file")
-    return Task(config, config_json, folder, tokenizer, source, encoded["train"], encoded.get("test"),
-                answer_ids(template, tokenizer))
+    train = data.train.labelling_prompts() if settings.train_on_prompt else data.train
+    words = answer_ids(data.template, tokenizer) if data.template.answers else None
+    return Task(config, config_json, folder, tokenizer, data, train, words)
 
 
 def train(settings: Settings, task: Task, here: Ranks) -> None:
     """The whole run, from empty shards to the exported model."""
     began = time.perf_counter()
     data, say = task.train, print if here.is_first else _nothing
-    global_batch = settings.batch_size * settings.gradient_accumulation_steps * here.world_size
-    if len(data) < global_batch:
-        raise UserError(f"--data {settings.data}: {len(data)} examples, fewer than one global batch of {global_batch}")
-    steps = total_steps(len(data), settings.epochs, global_batch)
-    if settings.max_steps:
-        steps = min(steps, settings.max_steps)
+    parts = settings.gradient_accumulation_steps * here.world_size
+    schedule = Schedule(data.lengths, settings.epochs, parts, settings.batch_size, settings.batch_tokens,
+                        settings.group_by_length, settings.seed)
+    if schedule.units < schedule.per_step:
+        packs = f" in {schedule.units} packs of --batch_tokens {settings.batch_tokens}" if settings.batch_tokens else ""
+        raise UserError(f"--data {settings.data}: {len(data)} examples{packs}, fewer than one global batch of "
+                        f"{schedule.per_step}")
+    steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
     dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
     output, saved = _agreed_folder(settings, here)
     if settings.resume and not saved and (output / "model").exists():
@@ -171,9 +166,10 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
-        "beta2", "weight_decay", "max_grad_norm", "seed")}
-    binding |= {"steps": steps, "global_batch": global_batch, "dtype": str(dtype), "data": settings.data,
-                "fingerprint": data.fingerprint, "bundled_sample": task.source.bundled_sample}
+        "beta2", "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length")}
+    binding |= {"steps": steps, "global_batch": schedule.per_step, "dtype": str(dtype), "data": settings.data,
+                "template": task.data.template.name, "fingerprint": data.fingerprint,
+                "bundled_sample": task.data.source.bundled_sample}
     _agree(binding, here)
     first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
     if saved:
@@ -190,15 +186,15 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2)
     if saved:
         checkpoint.load(saved, model, optimizer, first_step)
-    _announce(settings, task, here, binding, output, say)
+    _announce(settings, task, here, binding, schedule.imbalance(here.world_size), output, say)
     if settings.resume:
         say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
     journal = Journal(output, first_step) if here.is_first else None
 
     def held_out() -> dict:
-        if task.test is None:
+        if task.data.test is None:
             return {}
-        metrics, _ = evaluate(model, task.test, here, settings.batch_size, settings.eval_limit, task.words)
+        metrics, _ = evaluate(model, task.data.test, here, settings.batch_size, settings.eval_limit, task.words)
         model.train()
         return metrics
 
@@ -212,8 +208,9 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     progress = tqdm(total=steps, initial=first_step, unit=" steps", disable=not here.is_first)
     for step in range(first_step, steps):
         step_began = time.perf_counter()
-        indices = global_batch_of(step, len(data), settings.epochs, global_batch, settings.seed)
-        loss, norm, labels = train_step(settings, model, data, indices, here)
+        micro_batches = schedule.micro_batches(step)
+        indices = [i for part in micro_batches for i in part]
+        loss, norm, labels = train_step(settings, model, data, micro_batches, here)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the weights were left "
                             f"as they were; whole checkpoints: {_newest(output) or 'none yet'}")
@@ -263,36 +260,35 @@ def _finish(
         speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
         journal.close()
         summary = {
-            "data": settings.data, "bundled_sample": task.source.bundled_sample, "model": settings.model,
+            "data": settings.data, "bundled_sample": task.data.source.bundled_sample, "model": settings.model,
             "ranks": here.world_size, "steps": steps,
             **{name: totals[name] for name in ("examples", "tokens", "labels")},
             "train_seconds": seconds, "total_seconds": time.perf_counter() - began, **speed,
             "peak_memory_bytes": int(peak), "before": before, "after": after,
         }
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.source)}")
+        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.data.source)}")
         print(f"before: {_told(before)}\nafter:  {_told(after)}")
         print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
               f"model/, loss.png, metrics.jsonl and summary.json are in {output}")
 
 
 def train_step(
-    settings: Settings, model: Llama, data: EncodedData, indices: list[int], here: Ranks
+    settings: Settings, model: Llama, data: EncodedData, micro_batches: list[list[int]], here: Ranks
 ) -> tuple[float, float, int]:
     """Gradients of one optimizer step, clipped. Returns its loss, the gradient's norm before clipping, its labels.
 
     loss = sum of token losses over the whole global batch / number of labels in the whole global batch: all
     micro-batches, all ranks. A mean of means would give tokens of a batch with few labels too much weight.
     """
-    labels = int(data.label_counts[indices].sum())
+    labels = sum(int(data.label_counts[part].sum()) for part in micro_batches if part)
     if labels == 0:
-        raise UserError(f"--data {settings.data}: examples {indices[:5]} ... of one step hold no label to learn from")
-    micro_batches = deal(indices, data.lengths, settings.gradient_accumulation_steps * here.world_size,
-                         settings.batch_size)[here.rank :: here.world_size]
+        raise UserError(f"--data {settings.data}: examples {micro_batches[0][:5]} ... of one step hold no label")
+    mine = micro_batches[here.rank :: here.world_size]
     total = torch.zeros((), device=here.device)
-    for i, part in enumerate(micro_batches):
+    for i, part in enumerate(mine):
         batch = pack(data, part, here.device)
-        model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(micro_batches) - 1)
+        model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(mine) - 1)
         loss = model(batch.tokens, batch.documents.positions, batch.documents, batch.rows, batch.targets)
         # FSDP averages gradients over ranks; the loss is a sum over them, hence the factor.
         (loss * (here.world_size / labels)).backward()
@@ -320,7 +316,7 @@ def _newest(output: Path) -> Path | None:
 def _agreed_folder(settings: Settings, here: Ranks) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to continue from. Rank 0 looks and decides: two ranks that look might see
     different things."""
-    name = f"runs/{Path(settings.data).stem}-{Path(settings.model).name}"
+    name = f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
     answer = [None]
     if here.is_first:
         try:
@@ -345,22 +341,28 @@ def _agree(binding: dict, here: Ranks) -> None:
             raise UserError(f"ranks 0 and {rank} do not agree: {told}; expected the same files and versions everywhere")
 
 
-def _announce(settings: Settings, task: Task, here: Ranks, binding: dict, output: Path, say) -> None:
+def _announce(
+    settings: Settings, task: Task, here: Ranks, binding: dict, imbalance: float, output: Path, say
+) -> None:
     """Print and save what this run is, with every default resolved."""
-    resolved = asdict(settings) | {k: binding[k] for k in ("dtype", "steps", "global_batch", "bundled_sample")}
-    resolved |= {"output": str(output), "ranks": here.world_size, "device": str(here.device.type)}
+    resolved = asdict(settings) | {k: binding[k] for k in ("template", "dtype", "steps", "global_batch")}
+    resolved |= {"bundled_sample": task.data.source.bundled_sample, "output": str(output), "ranks": here.world_size,
+                 "device": str(here.device.type)}
+    train, test = task.train, task.data.test
     if here.is_first:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        data = {"train": len(task.train), "test": len(task.test) if task.test else 0,
-                "truncated": task.train.truncated, "rejected": task.train.rejected_count}
+        data = {"train": len(train), "test": len(test) if test else 0, "truncated": int(train.was_cut.sum()),
+                "bad_rows": train.bad_rows + (test.bad_rows if test and not task.data.held_out else 0),
+                "held_out": task.data.held_out, "imbalance": round(imbalance, 5)}
         about = {"settings": resolved, "examples": data, "versions": versions}
         (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
-    if task.source.bundled_sample:
+    if task.data.source.bundled_sample:
         say(BUNDLED_SAMPLE)
-    if task.train.rejected_count:
-        say(f"{task.train.rejected_count} rows of the train file were left out, too long even without their text: "
-            f"{', '.join(map(str, task.train.rejected))}, ...")
+    if train.bad_rows:
+        say(f"{train.bad_rows} bad rows were left out, the first: {train.bad[0]}")
+    say(f"{len(train)} examples of {train.lengths.mean():.0f} tokens, {train.was_cut.mean():.1%} of them cut; the rank "
+        f"with the most tokens has {imbalance:.2%} more than the mean")
 
 
 def _named(source: Source) -> str:
@@ -393,9 +395,12 @@ def main() -> None:
     except UserError as caught:  # told to the others before it is raised: they would wait for this process to join
         task, error = None, caught
     with ranks() as here:
-        with together(Path(settings.data)):
-            if error:
-                raise error
+        try:
+            with together(Path(settings.data)):
+                if error:
+                    raise error
+        except UserError as told:
+            raise error or told from None
         train(settings, task, here)
 
 

@@ -1,6 +1,7 @@
 """Which examples are trained on when, by which rank, and how they are laid out: all pure functions of (seed, step)."""
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,10 +46,8 @@ class Batch:
     labels_per_example: Sequence[int]
 
 
-def pack(
-    data: Examples, indices: Sequence[int], device: torch.device | str = "cpu", every_token: bool = False
-) -> Batch:
-    """Lay examples end to end; labels are the answer tokens, or with `every_token` all but each example's first.
+def pack(data: Examples, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+    """Lay examples end to end. An example's first token is never a label: nothing before it could predict it.
 
     No index at all gives a stream without labels: a rank with nothing to do still takes part in every collective, and
     contributes exactly 0.
@@ -57,7 +56,7 @@ def pack(
     offset = 0
     for i in indices:
         tokens, is_answer = data[i]
-        at = np.arange(1, len(tokens)) if every_token else np.flatnonzero(is_answer)
+        at = np.flatnonzero(is_answer)
         ids.append(tokens)
         rows.append(offset + at - 1)  # the token before predicts this one
         targets.append(tokens[at])
@@ -83,30 +82,104 @@ def _to(values: np.ndarray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).to(device)
 
 
-def total_steps(examples: int, epochs: float, global_batch: int) -> int:
-    """Optimizer steps in `epochs` passes; the last step takes what is left."""
-    return -(-max(1, round(epochs * examples)) // global_batch)
+class Schedule:
+    """The examples of every optimizer step: a pure function of the data, the settings and the seed.
 
-
-def global_batch_of(step: int, examples: int, epochs: float, global_batch: int, seed: int) -> list[int]:
-    """The example indices of optimizer step `step` (from 0), over all ranks and micro-batches.
-
-    Each epoch is a permutation drawn from (seed, epoch), and the epochs follow each other without a gap: every
-    example comes once an epoch, whatever the batch size. Nothing here depends on the number of ranks.
+    Each step has `parts` micro-batches over all ranks: of at most `batch_size` examples each, or with `batch_tokens`
+    of whole examples of at most so many tokens together. Each epoch has an order of its own, and the epochs follow
+    each other without a gap: every example comes once an epoch, and the last step takes what is left. What a step
+    trains on does not depend on how its parts are shared out among ranks.
     """
-    start = step * global_batch
-    stop = min(start + global_batch, max(1, round(epochs * examples)))
-    indices = []
-    for epoch in range(start // examples, -(-stop // examples)):
-        order = _epoch_order(examples, epoch, seed)
-        first = epoch * examples
-        indices += order[max(start - first, 0) : stop - first].tolist()
-    return indices
+
+    def __init__(self, lengths: np.ndarray, epochs: float, parts: int, batch_size: int, batch_tokens: int = 0,
+                 group_by_length: bool = False, seed: int = 0):
+        self.lengths, self.parts, self.batch_size, self.seed = lengths, parts, batch_size, seed
+        self.group_by_length = group_by_length
+        self.packs = fill(lengths, batch_tokens, seed) if batch_tokens else None
+        # What is drawn from: packs are formed once, and come in another order each epoch.
+        self.units = len(self.packs) if self.packs else len(lengths)
+        self.per_step = parts if self.packs else parts * batch_size
+        self.total = max(1, round(epochs * self.units))
+        self.steps = -(-self.total // self.per_step)
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The `parts` micro-batches of optimizer step `step` (from 0), each a list of example indices."""
+        start = step * self.per_step
+        stop = min(start + self.per_step, self.total)
+        chosen = []
+        for epoch in range(start // self.units, -(-stop // self.units)):
+            first = epoch * self.units
+            chosen += self._order(epoch)[max(start - first, 0) : stop - first].tolist()
+        if self.packs is None:
+            return deal(chosen, self.lengths, self.parts, self.batch_size)
+        return [self.packs[i] for i in chosen] + [[] for _ in range(self.parts - len(chosen))]
+
+    def imbalance(self, ranks: int, steps: int = 100) -> float:
+        """How many more tokens than the mean the rank with the most has, on the average of some steps: what the
+        others wait for."""
+        excess = []
+        for step in np.linspace(0, self.steps - 1, min(steps, self.steps)).astype(int).tolist():
+            tokens = np.array([self.lengths[part].sum() for part in self.micro_batches(step)])
+            by_rank = tokens.reshape(-1, ranks).sum(0)  # part i goes to rank i modulo ranks
+            excess.append(by_rank.max() / by_rank.mean() - 1)
+        return float(np.mean(excess))
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        chance = np.random.default_rng([self.seed, epoch])
+        order = chance.permutation(self.units)
+        if not self.group_by_length:
+            return order
+        head = -epoch * self.units % self.per_step  # of them the last step of the epoch before is still short
+        steps = _grouped(order[head:], self.lengths, self.per_step, chance)
+        if epoch == 0:  # the longest example at once: memory runs out in the first minute or never
+            whole = [i for i, step in enumerate(steps) if len(step) == self.per_step]
+            steps.insert(0, steps.pop(max(whole, key=lambda i: self.lengths[steps[i]].max(), default=0)))
+        return np.concatenate([order[:head], *steps])
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(examples: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(examples)
+# Lengths are sorted within so many steps' worth of examples, so that a step's companions differ every epoch.
+GROUPED_STEPS = 50
+
+
+def _grouped(order: np.ndarray, lengths: np.ndarray, size: int, chance: np.random.Generator) -> list[np.ndarray]:
+    """The same examples as steps of similar lengths, in random order but for the last, which may be short."""
+    window = GROUPED_STEPS * size
+    steps = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        steps += [part[i : i + size] for i in range(0, len(part), size)]
+    short = [steps.pop()] if steps and len(steps[-1]) < size else []
+    return [*(steps[i] for i in chance.permutation(len(steps))), *short]
+
+
+def fill(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
+    """Packs of whole examples with at most `capacity` tokens each: best fit, the longest examples first.
+
+    Every example is in exactly one pack (C23). Ding et al. 2024, https://arxiv.org/abs/2404.10830
+    """
+    order = np.random.default_rng([seed, 0]).permutation(len(lengths))
+    packs: list[list[int]] = []
+    by_room: dict[int, list[list[int]]] = {}
+    rooms: list[int] = []  # the keys of by_room, ascending
+    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        length = int(lengths[i])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, pack = capacity, []
+            packs.append(pack)
+        else:
+            room = rooms[at]
+            pack = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[at], by_room[room]
+        pack.append(i)
+        if room := room - length:
+            if room not in by_room:
+                insort(rooms, room)
+            by_room.setdefault(room, []).append(pack)
+    return packs
 
 
 def deal(indices: Sequence[int], lengths: np.ndarray, parts: int, most: int) -> list[list[int]]:

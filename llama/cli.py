@@ -8,8 +8,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, field, fields
-from typing import Any, NoReturn, get_args
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, NoReturn, get_args
 
 from llama.errors import UserError
 
@@ -17,6 +17,23 @@ from llama.errors import UserError
 def setting(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
     """A dataclass field that is also a flag."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedSettings:
+    """Settings that tell in one UserError all that is out of range among them, or contradictory."""
+
+    script: ClassVar[str]
+
+    def checks(self) -> list[tuple[str, str, bool]]:
+        """(name of the setting, what is expected of it, whether it is so); NaN is out of every range."""
+        return []
+
+    def __post_init__(self):
+        wrong = [f"--{name} {getattr(self, name)}: expected {expected}"
+                 for name, expected, fine in self.checks() if not fine]
+        if wrong:
+            raise UserError(f"{self.script}: {'; '.join(wrong)}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,7 +70,7 @@ def run(main: Callable[[], None]) -> NoReturn | None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)  # what it quotes may have several
+            print("\n".join(error.lines), file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

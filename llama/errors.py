@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The message is one line: where, what was found, what was expected. Scripts print it and exit with status 2.
     """
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print: one line, whatever line breaks are in what the message quotes."""
+        return [" ".join(str(self).splitlines())]

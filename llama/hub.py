@@ -22,15 +22,21 @@ def find_model(name: str) -> Path:
         raise UserError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
 
 
-def download_dataset(repo: str, pattern: str) -> dict[str, Path] | None:
-    """The train and test file of a data set on the hub; None where the hub cannot be reached."""
+def download_dataset(repo: str, config: str, splits: dict[str, str]) -> dict[str, Path]:
+    """The first Parquet file of each split, {our name: path}; the hub keeps every data set also as Parquet.
+
+    `splits` maps our name to the hub's. Raises UserError with the reason where the hub has it not or is out of reach.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return {
-            split: Path(hf_hub_download(repo, pattern.format(split=split), repo_type="dataset", etag_timeout=5))
-            for split in ("train", "test")
+            split: Path(hf_hub_download(repo, f"{config}/{name}/0000.parquet", repo_type="dataset",
+                                        revision="refs/convert/parquet", etag_timeout=5))
+            for split, name in splits.items()
         }
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        return None
+    except LocalEntryNotFoundError:
+        raise UserError(f"the hub, where it is {repo}, cannot be reached") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"the hub said: {' '.join(str(error).split())[:200]}") from None

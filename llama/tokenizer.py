@@ -97,6 +97,14 @@ class Tokenizer:
                 plain.append(id)
         return self._codecs[continues].decode(plain) if plain else ""
 
+    def has_control(self, token: str) -> bool:
+        """Whether there is a control token of exactly this text."""
+        return token in self._control
+
+    def control_name(self, id: int) -> str | None:
+        """The text of the control token with this id, None where it is none."""
+        return next((token for token, known in self._control.items() if known == id), None)
+
     def control_id(self, token: str) -> int:
         """The id of a control token by its exact text, such as "<|im_end|>"."""
         if token not in self._control:
