@@ -151,14 +151,19 @@ class EncodedData:
     with_prompts: bool = False
 
     @classmethod
-    def open(cls, folder: Path) -> "EncodedData":
-        """Raises OSError, ValueError or KeyError when the folder is damaged."""
+    def open(cls, folder: Path, path: Path) -> "EncodedData":
+        """What a cache folder holds of the file at `path`. Raises OSError, ValueError, KeyError or TypeError when it is
+        damaged."""
         about = json.loads((folder / "about.json").read_text())
-        arrays = {name: np.memmap(folder / name, dtype, "r", shape=(about["tokens" if name in TOKENS else "examples"],))
-                  for name, dtype in (TOKENS | EXAMPLES).items()}
+        arrays = {}
+        for name, dtype in (TOKENS | EXAMPLES).items():
+            shape = (about["tokens" if name in TOKENS else "examples"],)
+            # An empty file cannot be mapped.
+            arrays[name] = np.memmap(folder / name, dtype, "r", shape=shape) if shape[0] else np.empty(0, dtype)
         stops = arrays.pop("stops")
-        starts = np.concatenate([[0], stops[:-1]])
-        return cls(starts=starts, stops=stops, **arrays, bad_rows=about["bad_rows"], bad=about["bad"])
+        starts = np.concatenate([[0], stops])[:-1]
+        return cls(starts=starts, stops=stops, **arrays, bad_rows=about["bad_rows"],
+                   bad=[f"{path}{line}" for line in about["bad"]])
 
     def subset(self, chosen: np.ndarray) -> "EncodedData":
         """The examples of these indices, in this order."""
@@ -208,18 +213,23 @@ def encode_file(
     """
     code = [Path(module.__file__) for module in (llama.chat, llama.rows, llama.templates, llama.tokenizer)]
     key = [digest([path, *tokenizer.files, Path(__file__), *code]), path.suffix, template.name, template.source,
-           max_length, truncate_side, category, skip_bad_rows]
+           max_length, truncate_side, category]
 
     def make(folder: Path) -> None:
         with tqdm(desc=f"encoding {path.name}", unit=" rows", disable=quiet, leave=False) as progress:
             _encode_into(folder, path, _rendered(path, template, category), template.answers, tokenizer, max_length,
-                         truncate_side, skip_bad_rows, progress)
+                         truncate_side, progress)
 
     folder = cached(json.dumps(key), make)
     try:
-        return EncodedData.open(folder)
+        data = EncodedData.open(folder, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: damaged, delete it to have the data encoded again ({error})") from None
+    if data.bad_rows and not skip_bad_rows:
+        raise BadRows(path, data.bad, data.bad_rows, len(data) + data.bad_rows)
+    if not len(data):
+        raise DataError(f"{path}: none of {data.bad_rows} rows can be used" if data.bad_rows else f"{path}: no rows")
+    return data
 
 
 class Rendered(NamedTuple):
@@ -267,30 +277,26 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
 
 def _encode_into(
     folder: Path, path: Path, rows: Iterator[Rendered], answers: tuple[str, ...], tokenizer: Tokenizer,
-    max_length: int, truncate_side: str, skip_bad_rows: bool, progress: tqdm,
+    max_length: int, truncate_side: str, progress: tqdm,
 ) -> None:
     """Append what rows become to the files of `folder`; nothing of the size of the data is kept in memory."""
     answer_room = max(map(len, tokenizer.encode_batch(list(answers), continues=True)), default=0)
-    total, bad, about = 0, [], dict.fromkeys(("examples", "tokens", "bad_rows"), 0)
+    bad, about = [], dict.fromkeys(("examples", "tokens", "bad_rows"), 0)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKENS | EXAMPLES}
         for batch in _batches(rows):
             errors = {row.number: str(row.error) for row in batch if row.error}
-            if skip_bad_rows or not (about["bad_rows"] or errors):  # else the run will stop: only look for more
-                encoded = encode_rows([row.segments for row in batch if not row.error], tokenizer, max_length,
-                                      truncate_side, answer_room)
-                pairs = list(zip((row for row in batch if not row.error), encoded, strict=True))
-                errors |= {row.number: f"{path}:{row.number}: no label left in --max_length {max_length} tokens, "
-                                       "expected a shorter row or more room" for row, example in pairs if not example}
-                _append(files, [(row, example) for row, example in pairs if example], about)
+            good = [row for row in batch if not row.error]
+            encoded = encode_rows([row.segments for row in good], tokenizer, max_length, truncate_side, answer_room)
+            pairs = list(zip(good, encoded, strict=True))
+            errors |= {row.number: f"{path}:{row.number}: no label is left within --max_length {max_length} tokens, "
+                                   "expected a shorter row" for row, example in pairs if not example}
+            _append(files, [(row, example) for row, example in pairs if example], about)
             about["bad_rows"] += len(errors)
-            bad += [" ".join(errors[number].splitlines()) for number in sorted(errors)][: SHOWN - len(bad)]
-            total += len(batch)
+            # Without the path: the cache may serve the same content under another one.
+            bad += [" ".join(errors[number].removeprefix(str(path)).splitlines())
+                    for number in sorted(errors)[: SHOWN - len(bad)]]
             progress.update(len(batch))
-    if about["bad_rows"] and not skip_bad_rows:
-        raise BadRows(path, bad, about["bad_rows"], total)
-    if not about["examples"]:
-        raise DataError(f"{path}: none of {total} rows can be used; {bad[0]}" if total else f"{path}: no rows")
     (folder / "about.json").write_text(json.dumps(about | {"bad": bad}))
 
 
