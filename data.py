@@ -234,7 +234,7 @@ def _guess(path: Path) -> str:
 
 def run_name(data: str) -> str:
     """What a run's folder is called after."""
-    return Path(data).name.partition(".")[0].replace(":", "-")
+    return Path(data).resolve().name.partition(".")[0].replace(":", "-") or "data"
 
 
 def is_local_first() -> bool:
@@ -264,7 +264,8 @@ def statistics(data: EncodedData) -> dict:
     lengths = data.lengths
     return {
         "examples": len(data), "tokens": int(lengths.sum()), "labels": int(data.label_counts.sum()),
-        "truncated": int(data.was_cut.sum()), "mean": float(lengths.mean()), "p50": float(np.median(lengths)), "p95": float(np.percentile(lengths, 95)),
+        "truncated": int(data.was_cut.sum()), "mean": float(lengths.mean()), "p50": float(np.median(lengths)),
+        "p95": float(np.percentile(lengths, 95)),
         "max": int(lengths.max()),
     }
 

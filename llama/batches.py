@@ -146,8 +146,9 @@ def _grouped(order: np.ndarray, lengths: np.ndarray, size: int, chance: np.rando
     """The same examples as steps of similar lengths, in random order but for the last, which may be short."""
     window = GROUPED_STEPS * size
     steps = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
+    starts = range(0, max(len(order) - size, 0) + 1, window)  # the last window takes what is less than a step, too
+    for start in starts:
+        part = order[start:] if start == starts[-1] else order[start : start + window]
         part = part[np.argsort(-lengths[part], kind="stable")]
         steps += [part[i : i + size] for i in range(0, len(part), size)]
     short = [steps.pop()] if steps and len(steps[-1]) < size else []

@@ -5,7 +5,7 @@ A row is {"messages": [{"role": "system" | "user" | "assistant", "content": text
     chatml     <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n ...          SmolLM2, Qwen
     llama3     <|start_header_id|>user<|end_header_id|>\\n\\nHello<|eot_id|> ...          Llama 3 Instruct
     llama2     <s>[INST] <<SYS>>\\n...\\n<</SYS>>\\n\\nHello [/INST] Hi </s><s>[INST] ...  Llama 2 Chat
-    prompter   <|system|> Be brief.</s> <|prompter|> Hello</s> <|assistant|> Hi</s> ...    plain text and the end token
+    prompter   <|system|> Be brief. </s> <|prompter|> Hello </s> <|assistant|> Hi </s> ...  plain text and the end token
 
 <|...|> are control tokens in the first two layouts and text in the last. Ids are built turn by turn, so no later turn
 can change an earlier one, and what a message says never becomes a control token.

@@ -140,7 +140,8 @@ class Template:
 
     def _misfit(self, row: dict, where: str, empty: Field | None = None) -> DataError:
         if empty and row.get(empty.name) is not None:
-            return DataError(f"{where}: {empty.name} is empty")
+            at = "" if empty.element is None else f".{empty.element}"
+            return DataError(f"{where}: {empty.name}{at} is empty")
         return DataError(f"{where}: found fields {described(row)}, expected {self.expected}")
 
 
@@ -188,16 +189,18 @@ def _parse(name: str, first_line: int, text: str) -> list[Span]:
             else:
                 span.pieces.append(field)
     answer = spans[-1]
-    if not ended or not any(isinstance(piece, Field) for piece in answer.pieces):
-        raise DataError(f"--template {name}: no [[answer]] with a {{field}} in it at its end")
-    if sum(bool(piece.words) for piece in answer.pieces if isinstance(piece, Field)) and \
-            sum(isinstance(piece, Field) for piece in answer.pieces) > 1:
-        raise DataError(f"--template {name}: an answer that is one of a few words has no other field")
+    where = f"--template {name}:{first_line + text.count(chr(10))}"
+    fields = [piece for piece in answer.pieces if isinstance(piece, Field)]
+    if not ended or not fields:
+        raise DataError(f"{where}: no [[answer]] with a {{field}} in it at its end")
+    if len(fields) > 1 and any(field.words for field in fields):
+        raise DataError(f"{where}: an answer that is one of a few words has no other field")
     return [span for span in spans if span.pieces]
 
 
 def _parse_field(text: str, where: str) -> Field:
-    match = re.fullmatch(r"([^=.]+)(?:\.(\d{1,4}))?(\.\.\.)?|([^=.]+)=(.+)", text)
+    name = r"([^\s=.](?:[^\n=.]*[^\s=.])?)"
+    match = re.fullmatch(rf"{name}(?:\.(\d{{1,4}}))?(\.\.\.)?|{name}=(.+)", text)
     words = tuple(match[5].split(",")) if match and match[5] else ()
     if not match or len(words) == 1 or "" in words or len(set(words)) < len(words):
         raise DataError(f"{where}: found {{{text[:40]}}}, expected {{name}}, {{name...}}, {{name.0}} or {{name=a,b}}")
