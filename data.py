@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,7 +196,7 @@ HELD_OUT_SEED = 0  # not the run's, so that runs of different seeds are tested o
 def hold_out(examples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Which examples to train on and which to hold out: a random choice, in the order of the file."""
     order = np.random.default_rng(HELD_OUT_SEED).permutation(examples)
-    count = max(1, round(examples * fraction)) if fraction and examples > 1 else 0
+    count = min(max(1, round(examples * fraction)), examples - 1) if fraction else 0
     return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -222,7 +223,10 @@ def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Ren
 
 
 def _guess(path: Path) -> str:
-    first = next((row for _, row in read(path) if isinstance(row, dict)), {})
+    rows = [row for _, row in islice(read(path), 1000)]
+    first = next((row for row in rows if isinstance(row, dict)), rows[0] if rows else DataError(f"{path}: no rows"))
+    if isinstance(first, DataError):
+        raise first
     known = {name: template.fields for name, template in TEMPLATES.items()} | {"chat": Chat.fields}
     fitting = [name for name, fields in known.items() if fields <= first.keys()]
     if len(fitting) == 1:
@@ -289,10 +293,10 @@ def _spelled(ids: list[int], tokenizer: Tokenizer, begins: bool) -> str:
         if name is None:
             plain.append(id)
             continue
-        decoded = tokenizer.decode(plain, continues=bool(text) or not begins)
+        decoded = tokenizer.decode(plain, continues=not begins)
         # What rows say must not steer the terminal.
         text += "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in decoded) + name
-        plain = []
+        plain, begins = [], id == tokenizer.bos_id
     return text
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data import BUNDLED_SAMPLE, DataSettings, is_local_first, load
+import lora
+from data import BUNDLED_SAMPLE, NAMED, DataSettings, is_local_first, load
 from llama import pretrained
 from llama.batches import deal, pack
 from llama.cli import parse, run, setting
@@ -28,6 +29,7 @@ from llama.errors import UserError
 from llama.hub import find_model
 from llama.model import Llama
 from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.quantize import KINDS, quantize
 from llama.rows import DataError
 from llama.tokenizer import Tokenizer
 
@@ -37,6 +39,9 @@ class Settings(DataSettings):
     script = "evaluate.py"
 
     model: str = setting(help="a Hugging Face folder, or a hub id")
+    adapter: str | None = setting(None, "put this LoRA adapter on the model, a folder in PEFT's format")
+    quantize: str = setting("none", "round the linears to 8 or 4 bits, as an adapter was trained over",
+                            choices=("none", *KINDS))
     split: str = setting("test", "which part to score; a single file is scored whole unless --test_fraction is given",
                          choices=("train", "test"))
     limit: int = setting(0, "score a fixed random choice of this many examples; 0: all")
@@ -126,7 +131,7 @@ def main() -> None:
     folder = find_model(settings.model)
     _, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
     # A file that nothing names a split of is scored whole.
-    whole = Path(settings.data).is_file() and not settings.test_fraction
+    whole = settings.data not in NAMED and Path(settings.data).is_file() and not settings.test_fraction
     split = "train" if whole else settings.split
     found = load(replace(settings, test_fraction=settings.test_fraction or 0.0) if whole else settings, tokenizer,
                  splits=(split,))
@@ -140,12 +145,23 @@ def main() -> None:
     if not answers and (metric == "accuracy" or settings.predictions):
         raise DataError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     words = answer_ids(found.template, tokenizer) if metric == "accuracy" else None
+    adapter = lora.read_adapter(settings.adapter) if settings.adapter else None
+
+    def adapt(model: Llama) -> None:
+        model.requires_grad_(False)
+        if settings.quantize != "none":
+            quantize(model, settings.quantize)
+        if adapter:
+            lora.apply(model, adapter)
+
     if metric == "perplexity":
         data = data.labelling_prompts()
     with ranks() as here:
         dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
-        model = build(config, here, dtype)
+        model = build(config, here, dtype, adapt=adapt)
         pretrained.load(model, folder)
+        if adapter:
+            lora.load(model, settings.adapter)
         started = time.perf_counter()
         metrics, predicted = evaluate(model, data, here, settings.batch_size, settings.limit, words)
         seconds = time.perf_counter() - started
@@ -155,7 +171,8 @@ def main() -> None:
             return
         if metric == "perplexity":
             metrics["perplexity"] = float(np.exp(metrics["loss"]))
-        about = {"model": settings.model, "data": settings.data, "template": found.template.name,
+        about = {"model": settings.model, "adapter": settings.adapter, "quantize": settings.quantize,
+                 "data": settings.data, "template": found.template.name,
                  "bundled_sample": found.source.bundled_sample, "split": None if whole else split,
                  "held_out": None if whole else found.held_out, "bad_rows": data.bad_rows, "ranks": here.world_size}
         result = about | metrics | {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}

@@ -12,17 +12,20 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+import lora
 from data import BUNDLED_SAMPLE, TINY_TOKENIZER, DataSet, DataSettings, Source, load, run_name
 from evaluate import answer_ids, evaluate
 from llama import checkpoint, pretrained
@@ -34,10 +37,12 @@ from llama.errors import UserError
 from llama.hub import find_model
 from llama.journal import Journal, choose_folder, draw_loss_curve
 from llama.model import Llama
-from llama.optim import SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
+from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.quantize import KINDS, bytes_per_weight, quantize
 from llama.slices import sharded_parameters, together
 from llama.tokenizer import Tokenizer, load_tokenizer
+from lora import ALL_LINEAR, VARIANTS, Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,16 @@ class Settings(DataSettings):
 
     # What
     model: str = setting("tiny", "tiny (a preset trained from scratch), a Hugging Face folder, or a hub id")
+    adapter: str | None = setting(None, "continue training this LoRA adapter, a folder in PEFT's format")
+    quantize: str = setting("none", "keep the frozen linears in 8 or 4 bits", choices=("none", *KINDS))
+    train_layers: str = setting("all", "all, or last:N and any of norm, lm_head, embed_tokens, with commas: the rest "
+                                "is frozen")
+    lora_rank: int = setting(0, "train an adapter of this rank instead of the model; 0: train the model")
+    lora_alpha: float = setting(16.0, "the adapter's weight: scaled by alpha / rank (rslora: / sqrt(rank))")
+    lora_dropout: float = setting(0.0, "part of an adapter's input that is dropped in training")
+    lora_targets: str = setting(ALL_LINEAR, f"linears with an adapter, with commas: {ALL_LINEAR} (those of the "
+                                "layers), or ends of names like q_proj,v_proj")
+    lora_variant: str = setting("lora", "kind of adapter", choices=VARIANTS)
     train_on_prompt: bool = setting(False, "learn to predict prompts too, not only answers")
     # How
     epochs: float | None = setting(None, "passes over the data; 1, and for tiny what its recipe says")
@@ -57,9 +72,11 @@ class Settings(DataSettings):
                                 "so many tokens; 0: count examples")
     group_by_length: bool = setting(False, "put examples of similar length into the same step")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
-    learning_rate: float | None = setting(None, "peak rate; 2e-5, and for tiny what its recipe says")
+    learning_rate: float | None = setting(None, "peak rate; 2e-5, for an adapter 2e-4, and for tiny what its "
+                                         "recipe says")
     lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
     warmup_ratio: float = setting(0.05, "part of the steps over which the rate rises from 0")
+    optimizer: str = setting("adamw", "adamw8bit keeps its moments in 8 bits", choices=tuple(OPTIMIZERS))
     beta2: float | None = setting(None, "AdamW's memory of squared gradients; 0.999, and for tiny what its recipe says")
     weight_decay: float = setting(0.0, "decay of matrices, per unit of learning rate; norms and biases never decay")
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: never")
@@ -69,6 +86,7 @@ class Settings(DataSettings):
                                 "device has it, else float32", choices=("bfloat16", "float32"))
     sharding: str = setting("full", "full: a layer's weights are gathered twice a step, grad: once, and kept",
                             choices=("full", "grad"))
+    cpu_offload: bool = setting(False, "on a GPU: keep weights and optimizer in the host's memory")
     defer_gradient_sync: bool = setting(False, "reduce gradients once a step instead of once a micro-batch; keeps "
                                         "whole fp32 gradients on every rank")
     activation_checkpointing: str = setting("none", "full: keep only each layer's input and compute the rest again "
@@ -92,6 +110,19 @@ class Settings(DataSettings):
             ("batch_tokens", f"0, or --max_length {self.max_length} or more",
              self.batch_tokens == 0 or self.batch_tokens >= self.max_length),
             ("batch_tokens", "0 with --group_by_length", not (self.batch_tokens and self.group_by_length)),
+            ("lora_rank", "0 or more", self.lora_rank >= 0),
+            ("lora_rank", "0 with --adapter, which has its own", not (self.adapter and self.lora_rank)),
+            ("lora_rank", "0 with --model tiny, whose random weights nobody else has",
+             not (self.lora_rank and self.model == "tiny")),
+            ("lora_alpha", "more than 0", 0 < self.lora_alpha < math.inf),
+            ("lora_dropout", "0 to 1, without 1", 0 <= self.lora_dropout < 1),
+            ("adapter", "a pretrained --model", not (self.adapter and self.model == "tiny")),
+            ("quantize", "--lora_rank or --adapter: what is packed cannot be trained",
+             self.quantize == "none" or self.has_adapter),
+            ("train_layers", "all with an adapter", self.train_layers == "all" or not self.has_adapter),
+            ("train_layers", "all, or last:N and any of norm, lm_head, embed_tokens",
+             self.train_layers == "all" or all(re.fullmatch(r"last:[1-9]\d*|norm|lm_head|embed_tokens", part)
+                                               for part in self.train_layers.split(","))),
             ("gradient_accumulation_steps", "1 or more", self.gradient_accumulation_steps >= 1),
             ("learning_rate", "more than 0", self.learning_rate is None or 0 < self.learning_rate < math.inf),
             ("beta2", "0 to 1, without 1", self.beta2 is None or 0 <= self.beta2 < 1),
@@ -106,9 +137,14 @@ class Settings(DataSettings):
             ("log_every", "1 or more", self.log_every >= 1),
         ]
 
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.lora_rank or self.adapter)
+
     def with_recipe(self, ranks: int) -> "Settings":
         """Fill what was left open: a pretrained model wants a gentle rate, a new one a strong one and more passes."""
-        recipe = {"epochs": 1.0, "batch_size": 16, "learning_rate": 2e-5, "beta2": 0.999, "eval_every": 0}
+        rate = 2e-4 if self.has_adapter else 2e-5
+        recipe = {"epochs": 1.0, "batch_size": 16, "learning_rate": rate, "beta2": 0.999, "eval_every": 0}
         if self.model == "tiny":  # 64 examples a step on any number of ranks, so the curve is the same everywhere
             per_rank = max(1, 64 // (ranks * self.gradient_accumulation_steps))
             recipe = {"epochs": 5.0, "batch_size": per_rank, "learning_rate": 5e-3, "beta2": 0.95, "eval_every": 50}
@@ -126,6 +162,7 @@ class Task:
     data: DataSet
     train: EncodedData  # with the labels to train on
     words: list[int] | None  # the first token of each answer word; None where answers are free text
+    adapter: Adapter | None
 
 
 def prepare(settings: Settings) -> Task:
@@ -143,7 +180,45 @@ def prepare(settings: Settings) -> Task:
         raise UserError(f"--data {settings.data}: has no train file")
     train = data.train.labelling_prompts() if settings.train_on_prompt else data.train
     words = answer_ids(data.template, tokenizer) if data.template.answers else None
-    return Task(config, config_json, folder, tokenizer, data, train, words)
+    adapter = None
+    if settings.adapter:
+        adapter = lora.read_adapter(settings.adapter)
+    elif settings.lora_rank:
+        adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_variant,
+                          tuple(settings.lora_targets.split(",")))
+    with torch.device("meta"):
+        adapt(Llama(config), settings, adapter)  # refuses what does not fit before anybody waits for this process
+    return Task(config, config_json, folder, tokenizer, data, train, words, adapter)
+
+
+def adapt(model: Llama, settings: Settings, adapter: Adapter | None) -> None:
+    """Quantise, put the adapter on, freeze: what is to be done to a model before it is sharded."""
+    if settings.quantize != "none":
+        quantize(model, settings.quantize)
+    if adapter:
+        lora.apply(model, adapter)
+    elif settings.train_layers != "all":
+        train_only(model, settings.train_layers.split(","))
+
+
+def train_only(model: Llama, parts: list[str]) -> None:
+    """Freeze all but the named parts. What lies below the lowest of them costs no backward: autograd never gets there.
+
+    Raises UserError for a part that the model has not.
+    """
+    model.requires_grad_(False)
+    tied = model.config.tie_word_embeddings
+    for part in parts:
+        name, _, count = part.partition(":")
+        if name == "last":
+            if int(count) > len(model.layers):
+                raise UserError(f"--train_layers {part}: the model has {len(model.layers)} layers")
+            model.layers[-int(count):].requires_grad_(True)
+            continue
+        if tied and name != "norm" and not {"lm_head", "embed_tokens"} <= set(parts):
+            raise UserError(f"--train_layers {part}: lm_head and embed_tokens are one matrix in this model, expected "
+                            "both or neither")
+        getattr(model, name).requires_grad_(True)
 
 
 def train(settings: Settings, task: Task, here: Ranks) -> None:
@@ -160,16 +235,18 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
     dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
     output, saved = _agreed_folder(settings, here)
-    if settings.resume and not saved and (output / "model").exists():
-        raise UserError(f"--resume: {output} has a model but no checkpoint to continue from, and a new start would "
+    if settings.resume and not saved and ((output / "model").exists() or (output / "adapter").exists()):
+        raise UserError(f"--resume: {output} has a result but no checkpoint to continue from, and a new start would "
                         "replace it")
     # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
-        "beta2", "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length")}
+        "beta2", "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length", "optimizer", "quantize",
+        "train_layers", "train_on_prompt", "adapter")}
     binding |= {"steps": steps, "global_batch": schedule.per_step, "dtype": str(dtype), "data": settings.data,
                 "template": task.data.template.name, "fingerprint": data.fingerprint,
-                "bundled_sample": task.data.source.bundled_sample}
+                "bundled_sample": task.data.source.bundled_sample,
+                "lora": asdict(task.adapter) if task.adapter else None}
     _agree(binding, here)
     first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
     if saved:
@@ -178,15 +255,19 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         return say(f"{output} is finished already, after step {steps} of {steps}")
 
     model = build(task.config, here, dtype, settings.sharding == "full", settings.activation_checkpointing == "full",
-                  settings.compile)
+                  settings.compile, lambda model: adapt(model, settings, task.adapter), settings.cpu_offload)
     if task.folder is None:
         pretrained.initialize(model, settings.seed)
     else:
         pretrained.load(model, task.folder)
-    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2)
+    if settings.adapter:
+        lora.load(model, settings.adapter)
+    elif task.adapter:
+        lora.initialize(model, settings.seed)
+    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
     if saved:
         checkpoint.load(saved, model, optimizer, first_step)
-    _announce(settings, task, here, binding, schedule.imbalance(here.world_size), output, say)
+    _announce(settings, task, here, model, binding, schedule.imbalance(here.world_size), output, say)
     if settings.resume:
         say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
     journal = Journal(output, first_step) if here.is_first else None
@@ -209,6 +290,8 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     for step in range(first_step, steps):
         step_began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
+        # Dropout, too, is a function of the step: a resumed run needs no generator's state.
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, here.rank)).generate_state(1)[0]))
         indices = [i for part in micro_batches for i in part]
         loss, norm, labels = train_step(settings, model, data, micro_batches, here)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -250,9 +333,13 @@ def _finish(
     after: dict, journal: Journal | None, began: float,
 ) -> None:
     """Export the model; on rank 0 draw the loss curve, and write and print what came of the run. Collective."""
+    result = "adapter" if task.adapter else "model"
     if here.is_first:
-        shutil.rmtree(output / "model", ignore_errors=True)  # of this very run, if it died before its summary
-    pretrained.export(model, output / "model", task.config_json, task.tokenizer.files)
+        shutil.rmtree(output / result, ignore_errors=True)  # of this very run, if it died before its summary
+    if task.adapter:
+        lora.save(model, output / result, task.adapter, settings.model)
+    else:
+        pretrained.export(model, output / result, task.config_json, task.tokenizer.files)
     peak = torch.tensor(_peak_memory(here.device), dtype=torch.int64, device=here.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     if journal:
@@ -270,7 +357,7 @@ def _finish(
         draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.data.source)}")
         print(f"before: {_told(before)}\nafter:  {_told(after)}")
         print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
-              f"model/, loss.png, metrics.jsonl and summary.json are in {output}")
+              f"{result}/, loss.png, metrics.jsonl and summary.json are in {output}")
 
 
 def train_step(
@@ -342,7 +429,7 @@ def _agree(binding: dict, here: Ranks) -> None:
 
 
 def _announce(
-    settings: Settings, task: Task, here: Ranks, binding: dict, imbalance: float, output: Path, say
+    settings: Settings, task: Task, here: Ranks, model: Llama, binding: dict, imbalance: float, output: Path, say
 ) -> None:
     """Print and save what this run is, with every default resolved."""
     resolved = asdict(settings) | {k: binding[k] for k in ("template", "dtype", "steps", "global_batch")}
@@ -356,6 +443,9 @@ def _announce(
                 "held_out": task.data.held_out, "imbalance": round(imbalance, 5)}
         about = {"settings": resolved, "examples": data, "versions": versions}
         (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = bytes_per_weight(model)
+    say(f"{trained:,} trainable parameters" + (f"; frozen linears at {packed:.3f} bytes a weight" if packed else ""))
     say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
     if task.data.source.bundled_sample:
         say(BUNDLED_SAMPLE)

@@ -3,9 +3,9 @@
     python benchmarks/encoding.py --rows ../shared/assets/imdb/train.parquet --model DIR
 
 Memory: each file is encoded in a process of its own, whose greatest resident size is told above that of the same
-process before it opens the file. The Parquet files have one row group, as large as the file. Speed: the prompts of 5,000
-rows, rendered beforehand, by `encode_rows` (ids and labels) and by the library's own `encode_batch` of the same whole
-prompts as strings; alternated, medians; both use all cores.
+process before it opens the file. The Parquet files have one row group, as large as the file. Speed: the prompts of
+5,000 rows, rendered beforehand, by `encode_rows` (ids and labels) and by the library's own `encode_batch` of the same
+whole prompts as strings; alternated, medians; both use all cores.
 """
 
 import argparse
@@ -112,7 +112,8 @@ def main() -> None:
                 path.unlink()
                 results["memory"].append(result)
                 print(f"{kind} of {megabytes} MB: peak {result['peak_bytes'] / 1e6:.0f} MB, "
-                      f"{(result['peak_bytes'] - result['before_bytes']) / 1e6:+.0f} MB, {result['seconds']} s", flush=True)
+                      f"{(result['peak_bytes'] - result['before_bytes']) / 1e6:+.0f} MB, {result['seconds']} s",
+                      flush=True)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import encode_file, resolve  # noqa: E402
-from llama.batches import global_batch_of  # noqa: E402
+from data import DataSettings, load  # noqa: E402
+from llama.batches import Schedule  # noqa: E402
 from llama.tokenizer import load_tokenizer  # noqa: E402
 
 
@@ -33,10 +33,11 @@ def main() -> None:
     parser.add_argument("--warmup_ratio", type=float, default=0.05)
     args = parser.parse_args()
 
-    source, tokenizer = resolve("imdb", args.data_dir), load_tokenizer(args.model)
-    data = encode_file(source.files["train"], "imdb", tokenizer, args.max_length)
+    tokenizer = load_tokenizer(args.model)
+    data = load(DataSettings(data_dir=args.data_dir, max_length=args.max_length), tokenizer, splits=("train",)).train
     steps = args.examples // args.batch_size
-    order = [i for step in range(steps) for i in global_batch_of(step, len(data), 1.0, args.batch_size, seed=0)]
+    schedule = Schedule(data.lengths, 1.0, 1, args.batch_size)
+    order = [i for step in range(steps) for i in schedule.micro_batches(step)[0]]
     examples = [{"ids": torch.from_numpy(data[i][0].astype("int64")), "answer": torch.from_numpy(data[i][1].copy())}
                 for i in order]
 

@@ -10,17 +10,23 @@
     model       the decoder: all of the above in a residual stream
     loss        cross-entropy without all the logits
     tokenizer   text <-> ids, for three kinds of file
+    rows        JSONL and Parquet, one row after the other; what is wrong with one is told beside it
+    templates   a row as segments of text: prompt and answer, from a text with {fields}
+    chat        a conversation as segments: four layouts
+    encoding    segments -> ids and labels, kept in a memory-mapped file
+    cache       folders that are made once per content, whole or not at all
     slices      safetensors files in which each rank reads and writes only its own part
     pretrained  Hugging Face folder <-> model, through slices
     batches     which examples when, on which rank, packed how
+    quantize    frozen linears in 8 or 4 bits a weight
     optim       AdamW's groups, the learning rate, the gradient's norm
     parallel    processes, devices, FSDP2, compile, recomputed activations: applied from outside
     checkpoint  saved states that exist whole or not at all
     journal     the folder of a run: metrics, loss curve
     hub, cli, errors   downloads; settings as flags; mistakes told in one line
 
-then `data.py` (from files of rows to encoded examples), `evaluate.py`, and `fsdp_train.py`, which tells the story with
-all of them. One legend of shapes holds for the package:
+then `data.py` (the data sets by name, and a look at them), `lora.py` (adapters), `evaluate.py`, and `fsdp_train.py`,
+which tells the story with all of them. One legend of shapes holds for the package:
 
     T  tokens in the stream          D  hidden_size             H  head_dim
     R  rows with a label             F  intermediate_size       N  query heads

@@ -228,7 +228,8 @@ def encode_file(
     if data.bad_rows and not skip_bad_rows:
         raise BadRows(path, data.bad, data.bad_rows, len(data) + data.bad_rows)
     if not len(data):
-        raise DataError(f"{path}: none of {data.bad_rows} rows can be used" if data.bad_rows else f"{path}: no rows")
+        raise DataError(f"{path}: none of {data.bad_rows} rows can be used; {data.bad[0]}" if data.bad_rows else
+                        f"{path}: no rows")
     return data
 
 
@@ -313,6 +314,6 @@ def _append(files: dict[str, BinaryIO], pairs: list[tuple[Rendered, Encoded]], a
     }
     next(values["stops"])  # where the first of them starts
     for name, dtype in (TOKENS | EXAMPLES).items():
-        np.fromiter(values[name], dtype).tofile(files[name])
+        files[name].write(np.fromiter(values[name], dtype).data)  # tofile would not tell of a full disk
     about["examples"] += len(pairs)
     about["tokens"] += sum(len(example.ids) for example in examples)

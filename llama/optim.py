@@ -1,10 +1,13 @@
 """What is optimised how: parameter groups, the learning rate as a pure function of the step, gradient norm."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from llama.adamw8bit import AdamW8bit
 
 SCHEDULES = ("constant", "linear", "cosine")
 COSINE_END = 0.1  # of the peak: where a cosine ends, at the last step
@@ -28,7 +31,12 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
     return peak
 
 
-def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
+
+
+def build_adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, beta2: float = 0.999, kind: str = "adamw"
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) over the trainable parameters.
 
     Weight decay pulls matrices towards 0; a norm's scale or a bias has no reason to be small and is left out.
@@ -39,7 +47,7 @@ def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float, bet
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=True)
+    return OPTIMIZERS[kind](groups, lr=learning_rate, betas=(0.9, beta2), eps=1e-8)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -54,13 +62,16 @@ def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
         torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
 
 
-def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Both moments of every trained parameter under the parameter's name, sharded as it is.
+def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is kept of both moments of every trained parameter under the parameter's name, sharded as it is.
 
     A fresh optimizer gets zero moments here, so that there is something to read a checkpoint into.
     """
     tensors = {}
     for name, parameter in parameters.items():
+        if isinstance(optimizer, AdamW8bit):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.moments(parameter).items()}
+            continue
         state = optimizer.state[parameter]
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment not in state:
@@ -69,8 +80,8 @@ def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.opti
     return tensors
 
 
-def set_optimizer_step(optimizer: torch.optim.AdamW, step: int) -> None:
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Tell AdamW how many updates its moments have seen; the bias correction depends on it."""
-    for state in optimizer.state.values():
-        some_moment = state["exp_avg"]
-        state["step"] = torch.tensor(float(step), device=some_moment.device)
+    on_device = not isinstance(optimizer, AdamW8bit)  # the fused kernel reads it there
+    for parameter, state in optimizer.state.items():
+        state["step"] = torch.tensor(float(step), device=parameter.device if on_device else "cpu")

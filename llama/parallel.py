@@ -1,13 +1,14 @@
 """Processes, devices and sharding, applied to a finished model from outside. The model never knows.
 
-The order is fixed: build on the meta device -> compile each layer -> let it forget its activations -> shard per layer,
-then the rest -> allocate the shards -> load. One code path serves any number of ranks, one included.
+The order is fixed: build on the meta device -> quantised linears, adapters -> compile each layer -> let it forget its
+activations -> shard per layer, then the rest -> allocate the shards -> load. One code path serves any number of ranks,
+one included.
 """
 
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from llama.config import ModelConfig
@@ -104,21 +105,35 @@ def build(
     reshard_after_forward: bool = True,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    adapt: Callable[[Llama], None] = lambda model: None,
+    cpu_offload: bool = False,
 ) -> Llama:
     """A sharded Llama whose memory is allocated but not filled: `pretrained.load` or `initialize` comes next.
 
     Weights, gradients and optimizer state live in fp32, one slice a rank; `dtype` is what is gathered and computed
-    in. Small updates survive: bf16 weights would round most of them away.
+    in. Small updates survive: bf16 weights would round most of them away. What `adapt` freezes gets no updates, and
+    is kept in `dtype` at once. With cpu_offload the slices and what updates them live in the host's memory.
     """
-    with torch.device("meta"):
-        model = Llama(config)
+    model = on_meta(config, dtype, adapt)
     for layer in model.layers:
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if activation_checkpointing:
             forget_activations(layer)
-    shard(model, ranks.mesh, dtype, reshard_after_forward)
-    model.to_empty(device=ranks.device)
+    cpu_offload = cpu_offload and ranks.device.type != "cpu"  # else they are there already
+    shard(model, ranks.mesh, dtype, reshard_after_forward, cpu_offload)
+    model.to_empty(device="cpu" if cpu_offload else ranks.device)
+    return model
+
+
+def on_meta(config: ModelConfig, dtype: torch.dtype, adapt: Callable[[Llama], None] = lambda model: None) -> Llama:
+    """The model as shapes without memory: what `adapt` leaves trainable in fp32, what it freezes in `dtype`."""
+    with torch.device("meta"):
+        model = Llama(config)
+        adapt(model)
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -131,14 +146,20 @@ def forget_activations(layer: nn.Module) -> None:
     layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
 
 
-def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def shard(
+    model: Llama, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool, cpu_offload: bool = False
+) -> None:
     """FSDP2: each rank keeps a slice of every weight, and a layer is whole only while it computes.
 
     With reshard_after_forward a layer's weights are dropped again until the backward (ZeRO-3); without, they stay
     gathered in between (ZeRO-2): less to send, more memory. Zhao et al. 2023, https://arxiv.org/abs/2304.11277
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    how = {
+        "mesh": mesh, "reshard_after_forward": reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(layer, **how)
     # Embedding, last norm and lm_head together: a tied weight must be in one unit to stay one weight.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, **how)

@@ -1,11 +1,9 @@
 """Hugging Face folder <-> model, without any rank ever holding more than its own slices."""
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +13,15 @@ from torch.distributed.tensor import DTensor
 from llama.config import ModelConfig, read_config
 from llama.errors import UserError
 from llama.model import Llama
+from llama.quantize import QuantizedLinear
 from llama.slices import (
-    WeightsError,
+    Rows,
+    appearing,
     first_rank,
     local_slice,
     read_tensors,
     region,
+    seeded_generator,
     sharded_parameters,
     sync,
     together,
@@ -33,7 +34,7 @@ from llama.tokenizer import Tokenizer, load_tokenizer
 EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")
 
 
-def open_folder(folder: str | Path, max_length: int) -> tuple[dict, ModelConfig, Tokenizer]:
+def open_folder(folder: str | Path, max_length: int = 0) -> tuple[dict, ModelConfig, Tokenizer]:
     """A folder's config.json, its configuration and its tokenizer, which must fit each other and the texts."""
     config_json, tokenizer = read_config(folder), load_tokenizer(folder)
     config = ModelConfig.from_dict(config_json, where=f"{folder}/config.json")
@@ -54,14 +55,29 @@ def check_fit(config: ModelConfig, tokenizer: Tokenizer, max_length: int) -> Non
 def load(model: Llama, folder: str | Path) -> None:
     """Fill the model from a Hugging Face folder, converting to each parameter's dtype. No communication.
 
-    Parameters must have memory (`to_empty`), sharded or not. What an adapter added to the model is left alone.
+    Parameters must have memory (`to_empty`), sharded or not. What an adapter added to the model is left alone;
+    quantised linears are packed row by row, so that the model is never whole in any wider form.
     Raises WeightsError, before anything is written, if any weight is missing, unexpected or of another shape.
     """
     _tie(model)
 
     # Older files hold the rotary frequencies, and some a tied matrix twice.
     superfluous = r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * model.config.tie_word_embeddings
-    read_tensors(_hugging_face_parameters(model), Path(folder), "model", re.compile(superfluous).fullmatch)
+    packed = {f"model.{name}.weight": _rows_of(module) for name, module in model.named_modules()
+              if isinstance(module, QuantizedLinear)}
+    read_tensors(_hugging_face_parameters(model) | packed, Path(folder), "model", re.compile(superfluous).fullmatch)
+
+
+def _rows_of(linear: QuantizedLinear) -> Rows:
+    """Where to put the rows of a quantised linear: each is packed as it comes."""
+    local = {name: local_slice(tensor) for name, tensor in linear.packed_weight().items()}
+    weight, (start, _) = local["weight"]
+
+    def put(first: int, rows: torch.Tensor) -> None:
+        for name, values in linear.quantize_rows(rows.to(weight.device)).items():
+            local[name][0][first : first + len(rows)] = values
+
+    return Rows((linear.out_features, linear.in_features), start, len(weight), put)
 
 
 def initialize(model: Llama, seed: int) -> None:
@@ -76,10 +92,8 @@ def initialize(model: Llama, seed: int) -> None:
         if name.endswith(("norm.weight", ".bias")):
             local.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         whole = torch.empty(parameter.shape, dtype=torch.float32)
-        whole.normal_(0.0, model.config.initializer_range, generator=generator)
+        whole.normal_(0.0, model.config.initializer_range, generator=seeded_generator(seed, name))
         local.copy_(whole[region(start, local)])
 
 
@@ -98,8 +112,6 @@ def export(
     weights = _hugging_face_parameters(model)
     if len(weights) != len(list(model.parameters())):
         raise ValueError("export: the model has parameters that a Llama has not; merge its adapter first")
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".tmp")
     dtype_name = str(dtype).removeprefix("torch.")
     config = config | {
         "architectures": ["LlamaForCausalLM"],
@@ -108,24 +120,17 @@ def export(
         "dtype": dtype_name,
     }
     special_tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id") if name in config}
-    with together(folder):
-        if first_rank():
-            if os.path.lexists(folder):
-                raise WeightsError(f"{folder}: exists already, expected a name that is free")
-            copies = {Path(path).name: path for path in tokenizer_files}
-            _remove_unfinished(unfinished, copies)
-            unfinished.mkdir(parents=True)
-            for name, path in copies.items():
-                shutil.copyfile(path, unfinished / name)
-                sync(unfinished / name)
-            write_durably(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
-            if "generation_config.json" not in copies:
-                write_durably(unfinished / "generation_config.json", json.dumps(special_tokens, indent=2) + "\n")
-    write_tensors(weights, unfinished, dtype=dtype)
-    with together(folder):
-        if first_rank():
-            unfinished.rename(folder)
-            sync(folder.parent)
+    copies = {Path(path).name: path for path in tokenizer_files}
+    with appearing(folder, lambda name: name in copies or EXPORTED.fullmatch(name)) as unfinished:
+        with together(unfinished):
+            if first_rank():
+                for name, path in copies.items():
+                    shutil.copyfile(path, unfinished / name)
+                    sync(unfinished / name)
+                write_durably(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
+                if "generation_config.json" not in copies:
+                    write_durably(unfinished / "generation_config.json", json.dumps(special_tokens, indent=2) + "\n")
+        write_tensors(weights, unfinished, dtype=dtype)
 
 
 def _tie(model: Llama) -> None:
@@ -143,15 +148,3 @@ def _hugging_face_parameters(model: Llama) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in sharded_parameters(model).items() if name in ours}
     return {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in parameters.items()}
 
-
-def _remove_unfinished(folder: Path, copies: Iterable[str]) -> None:
-    """Delete what an export that died left behind, and never a folder with anything else in it."""
-    if not folder.is_dir() or folder.is_symlink():
-        return
-    left = list(folder.iterdir())
-    for path in left:
-        if path.is_dir() or not (EXPORTED.fullmatch(path.name) or path.name in copies):
-            raise WeightsError(f"{path}: not from an export; expected {folder} to be free for temporary files")
-    for path in left:
-        path.unlink()
-    folder.rmdir()

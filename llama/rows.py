@@ -71,11 +71,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         # Buffered, a column is decompressed page by page: a row group may be as large as the file.
-        with parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path}: the column {twice!r:.40} comes twice")
             for batch in file.iter_batches(batch_size=256, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except DataError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be read as Parquet after row {number} ({reason})") from None

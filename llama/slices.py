@@ -5,11 +5,14 @@ rank maps the files into memory and copies its own slices out, or writes its own
 copy of the whole anywhere. https://github.com/huggingface/safetensors
 """
 
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -35,8 +38,23 @@ class WeightsError(UserError):
 # Reading
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A matrix that is kept in another form: `put` is handed the rows of this rank, as read, some at a time.
+
+    shape of the whole; the rank's `count` rows begin at `start` of the whole, and at 0 for `put(first, rows)`.
+    """
+
+    shape: tuple[int, int]
+    start: int
+    count: int
+    put: Callable[[int, Tensor], None]
+    dtype: torch.dtype = torch.float32
+    is_meta: bool = False
+
+
 def read_tensors(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor | Rows],
     folder: Path,
     stem: str = "model",
     allow_unexpected: Callable[[str], bool] = lambda name: False,
@@ -128,8 +146,14 @@ def _inside(folder: Path, name: str, suffix: str) -> Path:
     return path
 
 
-def _read_slice(view, tensor: Tensor) -> None:
+def _read_slice(view, tensor: Tensor | Rows) -> None:
     """Copy this rank's part of a tensor, in pieces: converting for another device takes a temporary copy."""
+    if isinstance(tensor, Rows):
+        step = max(1, PIECE // (4 * tensor.shape[1]))
+        for first in range(0, tensor.count, step):
+            stop = min(first + step, tensor.count)
+            tensor.put(first, view[tensor.start + first : tensor.start + stop])
+        return
     local, start = local_slice(tensor)
     if local.ndim == 0:
         local.copy_(view[...])
@@ -282,6 +306,40 @@ def together(where: Path) -> Iterator[None]:
         raise error
     if failed := next(filter(None, messages), None):
         raise WeightsError(failed)
+
+
+@contextmanager
+def appearing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A new folder to write into, which gets its name when the block is left without an error. Collective.
+
+    `ours` says which file names such a folder can hold: what an earlier attempt left behind is deleted, but never a
+    folder with anything else in it. Raises WeightsError, on every rank, if the name is taken.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(folder.name + ".tmp")
+    with together(folder):
+        if first_rank():
+            if os.path.lexists(folder):
+                raise WeightsError(f"{folder}: exists already, expected a name that is free")
+            if unfinished.is_dir() and not unfinished.is_symlink():
+                for path in unfinished.iterdir():
+                    if path.is_dir() or not ours(path.name):
+                        raise WeightsError(f"{path}: not from an attempt to write {folder}; expected its folder to be "
+                                           "free for temporary files")
+                shutil.rmtree(unfinished)
+            unfinished.mkdir(parents=True)
+    yield unfinished
+    with together(folder):
+        if first_rank():
+            sync(unfinished)
+            unfinished.rename(folder)
+            sync(folder.parent)
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for everything that is drawn at random under a name."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def first_rank() -> bool:

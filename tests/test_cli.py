@@ -4,22 +4,35 @@ import dataclasses
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+import data
 import evaluate
 import fsdp_train
-from llama.cli import parse, run, setting
+import lora
+from llama.cli import CheckedSettings, parse, run, setting
+from llama.encoding import BadRows
 from llama.errors import UserError
 
 
-@dataclass(frozen=True)
-class Example:
+@dataclass(frozen=True, kw_only=True)
+class Example(CheckedSettings):
+    script = "example.py"
+
     model: str = setting(help="which one")
     steps: int = setting(10, "how many, 100 % of them")
     rate: float | None = setting(None, "how fast; 1 unless it is late")
     side: str = setting("left", "where", choices=("left", "right"))
     loud: bool = setting(False, "say more")
+
+    def checks(self):
+        return [
+            ("steps", "1 or more", self.steps >= 1),
+            ("steps", "10 at most with --loud", not (self.loud and self.steps > 10)),
+            ("rate", "more than 0", self.rate is None or self.rate > 0),
+        ]
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +41,9 @@ def program_name(monkeypatch):
 
 
 def test_flags_become_a_typed_dataclass():
-    assert parse(Example, ["--model", "m"]) == Example("m")
+    assert parse(Example, ["--model", "m"]) == Example(model="m")
     given = parse(Example, ["--model", "m", "--steps=7", "--rate", "1e-3", "--side", "right", "--loud"])
-    assert given == Example("m", 7, 0.001, "right", True)
+    assert given == Example(model="m", steps=7, rate=0.001, side="right", loud=True)
     assert [type(value) for value in dataclasses.astuple(given)] == [str, int, float, str, bool]
 
 
@@ -56,6 +69,37 @@ def test_a_mistake_is_a_user_error_of_one_line_that_names_the_flag(arguments, fl
     assert told.startswith("example.py: ") and flag in told and "\n" not in told
 
 
+def test_settings_tell_all_that_is_wrong_with_them_in_one_line():
+    """C4: however they were made; a value that contradicts another one is named with it, and NaN is out of range."""
+    Example(model="m", steps=11)
+    for given, told in (
+        ({"steps": 0}, "--steps 0: expected 1 or more"),
+        ({"rate": float("nan")}, "--rate nan: expected more than 0"),
+        ({"steps": 11, "loud": True}, "--steps 11: expected 10 at most with --loud"),
+        ({"steps": -1, "rate": -2.0}, "--steps -1: expected 1 or more; --rate -2.0: expected more than 0"),
+    ):
+        for make in (lambda given=given: Example(model="m", **given),
+                     lambda given=given: dataclasses.replace(Example(model="m"), **given)):
+            with pytest.raises(UserError) as error:
+                make()
+            assert error.value.lines == [f"example.py: {told}"]
+    with pytest.raises(UserError, match=r"^example.py: --steps 0: expected 1 or more$"):
+        parse(Example, ["--model", "m", "--steps", "0"])
+
+
+@pytest.mark.parametrize("settings", [Example, data.Settings, fsdp_train.Settings, evaluate.Settings,
+                                      lora.Settings])
+def test_settings_are_given_by_name_and_never_change(settings):
+    """Two flags could else be mixed up; and what a run was checked with is what it does."""
+    required = {entry.name: "x" for entry in dataclasses.fields(settings) if entry.default is dataclasses.MISSING}
+    made = settings(**required)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.model = "y"
+    with pytest.raises(TypeError, match="positional"):
+        settings("x", **required)
+    assert settings.script.endswith(".py") and settings.script not in vars(made)
+
+
 def help_of(settings: type, capsys) -> dict[str, str]:
     """The help text of each flag, on one line."""
     with pytest.raises(SystemExit) as stopped:
@@ -65,7 +109,8 @@ def help_of(settings: type, capsys) -> dict[str, str]:
     return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
 
 
-@pytest.mark.parametrize("settings", [Example, fsdp_train.Settings, evaluate.Settings])
+@pytest.mark.parametrize("settings", [Example, data.Settings, fsdp_train.Settings, evaluate.Settings,
+                                      lora.Settings])
 def test_the_help_states_what_each_flag_means_and_its_default_once(settings, capsys, monkeypatch):
     """DESIGN, command line. Where None stands for "it depends", the flag's own text says on what."""
     monkeypatch.setenv("COLUMNS", "200")
@@ -80,20 +125,23 @@ def test_the_help_states_what_each_flag_means_and_its_default_once(settings, cap
     assert set(told) == {f"--{entry.name}" for entry in dataclasses.fields(settings)} | {"-h"}
 
 
-TRAINING_FLAGS = """
-    model data data_dir max_length truncate_side
-    epochs max_steps batch_size gradient_accumulation_steps learning_rate lr_schedule warmup_ratio beta2
-    weight_decay max_grad_norm seed
-    dtype sharding defer_gradient_sync activation_checkpointing compile
+DATA_FLAGS = "data data_dir template max_length truncate_side test_fraction skip_bad_rows"
+SHOWING_FLAGS = DATA_FLAGS + " model show output"
+TRAINING_FLAGS = DATA_FLAGS + """
+    model adapter quantize train_layers lora_rank lora_alpha lora_dropout lora_targets lora_variant train_on_prompt
+    epochs max_steps batch_size batch_tokens group_by_length gradient_accumulation_steps
+    learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
+    dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
     output eval_every eval_limit save_every keep_checkpoints resume log_every
 """
-EVALUATION_FLAGS = """
-    model data data_dir split limit metric batch_size max_length truncate_side dtype output predictions
-"""
+MERGING_FLAGS = "model adapter output quantized dtype"
+EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"
 
 
 @pytest.mark.parametrize("settings, flags", [
-    (fsdp_train.Settings, TRAINING_FLAGS), (evaluate.Settings, EVALUATION_FLAGS)])  # fmt: skip
+    (data.Settings, SHOWING_FLAGS), (fsdp_train.Settings, TRAINING_FLAGS), (evaluate.Settings, EVALUATION_FLAGS),
+    (lora.Settings, MERGING_FLAGS),
+], ids=["data", "fsdp_train", "evaluate", "lora"])  # fmt: skip
 def test_the_command_line_grows_only_on_purpose(settings, flags):
     """A new flag is a promise: whoever adds one writes it down here, and in the README."""
     assert [entry.name for entry in dataclasses.fields(settings)] == flags.split()
@@ -114,6 +162,22 @@ def test_run_prints_a_user_error_once_and_every_rank_exits_with_status_2(monkeyp
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == ""
     assert err == ("rows.jsonl:3: found this, expected that\n" if printed else "")
+
+
+@pytest.mark.parametrize("rank, printed", [("0", True), ("3", False)])
+def test_run_prints_bad_rows_a_line_each(monkeypatch, capsys, rank, printed):
+    """R9, R15: and their number last; whatever they quote, none of them has a line break."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        raise BadRows(Path("rows.jsonl"), ["rows.jsonl:3: this", "rows.jsonl:7: that"], 12, 90)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    told = "rows.jsonl:3: this\nrows.jsonl:7: that\nrows.jsonl: 12 of 90 rows cannot be used; "
+    assert err.startswith(told) and err.count("\n") == 3 if printed else err == ""
 
 
 def test_run_leaves_everything_else_alone(capsys):
@@ -144,30 +208,64 @@ def test_what_the_system_refuses_is_one_line_and_an_interrupt_none(capsys):
 
 
 OUT_OF_RANGE = {
+    "max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")],
     "epochs": [0.0, -1.0, float("nan"), float("inf"), 1e9], "max_steps": [-1], "batch_size": [0, -3],
-    "gradient_accumulation_steps": [0], "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
+    "batch_tokens": [-1, 1, 511], "lora_rank": [-1], "lora_alpha": [0.0, -1.0, float("nan"), float("inf")],
+    "lora_dropout": [-0.1, 1.0, float("nan")], "gradient_accumulation_steps": [0],
+    "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
     "beta2": [-0.1, 1.0, float("nan")], "warmup_ratio": [-0.1, 1.1, float("nan")],
     "weight_decay": [-0.1, float("nan"), float("inf")], "max_grad_norm": [-1.0, float("nan"), float("inf")],
-    "max_length": [1, 0], "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "save_every": [-1],
+    "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "save_every": [-1],
     "keep_checkpoints": [0, -2], "log_every": [0],
 }  # fmt: skip
+OF_THE_OTHERS = {
+    data.Settings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "show": [-1]},
+    evaluate.Settings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "batch_size": [0],
+                        "limit": [-1]},
+}
+EVERY_SCRIPT = {fsdp_train.Settings: OUT_OF_RANGE} | OF_THE_OTHERS
 
 
-def test_training_settings_out_of_range_are_refused_all_in_one_line():
+@pytest.mark.parametrize("settings", EVERY_SCRIPT, ids=lambda settings: settings.script)
+def test_settings_out_of_range_are_refused_all_in_one_line(settings):
     """C4: NaN is out of every range; ten mistakes are told at once and not one a run."""
-    fsdp_train.Settings()
-    for name, values in OUT_OF_RANGE.items():
+    wrong, script = EVERY_SCRIPT[settings], settings.script
+    settings(model="x")
+    for name, values in wrong.items():
         for value in values:
-            with pytest.raises(UserError, match=rf"^fsdp_train.py: --{name} {value}: expected [^\n]+$") as error:
-                fsdp_train.Settings(**{name: value})
-            assert str(error.value).count("--") == 1
+            with pytest.raises(UserError, match=rf"^{script}: --{name} {value}: expected [^\n;]+$"):
+                settings(model="x", **{name: value})
     with pytest.raises(UserError) as error:
-        fsdp_train.Settings(**{name: values[0] for name, values in OUT_OF_RANGE.items()})
-    assert re.findall(r"--(\w+)", str(error.value)) == list(OUT_OF_RANGE) and "\n" not in str(error.value)
+        settings(model="x", **{name: values[0] for name, values in wrong.items()})
+    assert re.findall(r"--(\w+) \S+: expected", str(error.value)) == list(wrong) and "\n" not in str(error.value)
 
 
-def test_every_number_among_the_training_flags_has_a_range():
+@pytest.mark.parametrize("settings", EVERY_SCRIPT, ids=lambda settings: settings.script)
+def test_every_number_among_the_flags_has_a_range(settings):
     """So that a new one cannot be forgotten above."""
-    numbers = {entry.name for entry in dataclasses.fields(fsdp_train.Settings)
-               if entry.type in (int, float, int | None, float | None)}  # fmt: skip
-    assert numbers == set(OUT_OF_RANGE)
+    numbers = {entry.name for entry in dataclasses.fields(settings)
+               if entry.type in (int, float, int | None, float | None)}
+    assert numbers == set(EVERY_SCRIPT[settings])
+
+
+@pytest.mark.parametrize("settings, flags, told", [
+    (fsdp_train.Settings, {"batch_tokens": 600, "group_by_length": True}, "--batch_tokens 600: expected 0 with --gro"),
+    (fsdp_train.Settings, {"batch_tokens": 600, "max_length": 700}, "--batch_tokens 600: expected 0, or --max_length "),
+    (evaluate.Settings, {"predictions": "a", "output": "a"}, "--predictions a: expected another file than --output"),
+    (evaluate.Settings, {"predictions": "a", "metric": "loss"}, "--predictions a: expected --metric accuracy with it"),
+], ids=["packs by length", "packs too short", "one file for two", "nothing predicted"])  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(settings, flags, told):
+    """R7: and each of them alone is fine."""
+    with pytest.raises(UserError, match=rf"^{settings.script}: {told}"):
+        settings(model="x", **flags)
+    for name, value in flags.items():
+        settings(model="x", **{name: value})
+
+
+def test_the_least_and_the_most_of_each_range_are_in_it():
+    """C4: as a pack that holds just the longest example."""
+    fsdp_train.Settings(max_length=2, test_fraction=0.0, epochs=1e6, max_steps=0, batch_size=1, batch_tokens=2, seed=0,
+                        warmup_ratio=1.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, keep_checkpoints=-1)
+    fsdp_train.Settings(test_fraction=0.999, batch_tokens=0, group_by_length=True, warmup_ratio=0.0, keep_checkpoints=1)
+    evaluate.Settings(model="x", batch_size=1, limit=0, predictions="a", metric="accuracy", output="b")
+    data.Settings(show=0)

@@ -1,697 +1,548 @@
-"""From rows to encoded examples: prompts are prefixes, labels survive, bad rows are named, caches are whole."""
+"""Data sets by name: where their files are, which template is theirs, what is held out, what data.py shows of them."""
 
-import hashlib
 import json
-import os
 import random
 import re
-import signal
-import subprocess
+import statistics
 import sys
-import threading
-import time
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import data
-from data import DataError, EncodedData, ImdbTemplate, Segment, encode_file, encode_rows, read, resolve
+from data import HELD_OUT, NAMED, DataSettings, Source, find_template, hold_out, load, resolve
+from llama.chat import Chat
+from llama.encoding import BadRows, encode_file
+from llama.errors import UserError
+from llama.rows import DataError
+from llama.templates import TEMPLATES
 from llama.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(data.__file__).parent
-SHARED = ROOT.parent / "shared"
-BUNDLED = ROOT / "assets" / "tiny" / "tokenizer.model"
-TEMPLATE = ImdbTemplate()
-
-# The prompt of the IMDB recipe as its notebook (seed 000) prints it, with this text and this label.
-GOLDEN = """Given a movie review/comment by a user in following format:
-#### Movie review:
-<review>
-#### Answer:
-<answer>
-Please rate the movie review as positive or negative from the perspective of the user's overall personal feelings to \
-the movie. Answer it with only 'positive' or 'negative' without any explanation.
-
-#### Movie review:
-I liked it.
-
-#### Answer: positive"""
-HOSTILE = ["</s>", "<s>", "<|im_end|>", "<|endoftext|>", "<unk>", "{text}", "{label}", "{0.__class__}", "%s",
-           "%(text)s", "{{}}", "\x00", "#### Answer:", " negative", "<0x0A>"]  # fmt: skip
-WORDS = "a film of great beauty and no plot I don't recommend 10/10 <br /><br /> naïve 映画 🎬 the worst ever".split()
+TINY = ROOT / "assets" / "tiny"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> Path:
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """A cache and a working folder of its own for each test, and no hub."""
     monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(data, "download_dataset", unreachable)
+
+
+def unreachable(*_):
+    raise UserError("the hub, where it is ORG/NAME, cannot be reached")
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Tokenizer:
-    return load_tokenizer(BUNDLED)
-
-
-@pytest.fixture(scope="module", params=["bundled", "llama2", "smollm2"])
-def tokenizer(request, bundled) -> Tokenizer:
-    """Each kind of tokenizer: ours, and two real ones where they are at hand."""
-    if request.param == "bundled":
-        return bundled
-    folder = {"llama2": "llama2-tokenizer", "smollm2": "smollm2-135m-instruct-q4"}[request.param]
-    return load_tokenizer(request.getfixturevalue("assets") / folder)
-
-
-class ByteTokenizer:
-    """Bytes as ids, except that " positive" is one token where " negative" is nine."""
-
-    bos_id = 300
-
-    def encode_batch(self, texts: list[str], continues: bool = False) -> list[list[int]]:
-        begin = [] if continues else [self.bos_id]
-        return [begin + ([256] if text == " positive" else list(text.encode())) for text in texts]
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Reviews with odd spaces, scripts, markup and whatever looks like a control token or a template."""
-    generator = random.Random(seed)
-    mixed = [*WORDS, *HOSTILE, " ", "  ", "\n", "\r\n", "\t"]
-    pools = [[f"{word} " for word in WORDS], mixed, list(" \n\tae'."), HOSTILE]
-    return ["".join(generator.choices(generator.choice(pools), k=generator.randrange(1, 20))) + "." * (i % 3 == 0)
-            for i in range(count)]  # fmt: skip
-
-
-def rendered(text: str, label: int = 1) -> list[Segment]:
-    return TEMPLATE.render({"text": text, "label": label}, "here")[0]
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TINY)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def reviews(count: int) -> list[dict]:
-    texts = [text if text.strip() else "empty" for text in random_texts(count)]
-    return [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-
-
-# The template
-
-
-def test_the_imdb_prompt_is_the_recipes_word_for_word():
-    """Seed 000's text, with the answer in a segment of its own that starts with its own space."""
-    segments = rendered("I liked it.")
-    assert "".join(s.text for s in segments) == GOLDEN
-    assert [s.text for s in segments if s.answer] == [" positive"]
-    assert [s.text for s in segments if s.may_cut] == ["I liked it."]
-
-
-@pytest.mark.parametrize("label", [0, 1])
-def test_the_imdb_prompt_equals_the_text_that_the_notebook_formats(label):
-    """Its f-strings are read from the seed itself: part1.format(text) + part2.format(label)."""
-    seeds = sorted((SHARED / "seeds").glob("000*.txt"))
-    if not seeds:
-        pytest.skip("the seeds are absent")
-    found = re.findall(r"prompt_part([12]) = \\\nf'''(.*?)'''", seeds[0].read_text(), re.DOTALL)
-    assert len(found) >= 2
-    parts = {number: text.replace("{{", "{").replace("}}", "}") for number, text in found}  # what f''' makes of it
-    for text in ("It was {text} or {label}.", *filter(str.strip, random_texts(50))):
-        expected = parts["1"].format(text=text) + parts["2"].format(label=["negative", "positive"][label])
-        assert "".join(s.text for s in rendered(text, label)) == expected
-
-
-# Prompts, labels, control tokens: properties on 10,000 texts
-
-
-@pytest.fixture(scope="module")
-def encodings(tokenizer) -> tuple[Tokenizer, list[str], list[list[int]], list[list]]:
-    """10,000 reviews: the ids of each prompt as inference has it, and of its two examples as training has them."""
-    texts = [text for text in random_texts(10_000) if text.strip()]
-    assert len(texts) > 9_000
-    prompts = encode_rows([rendered(text)[:-1] for text in texts], tokenizer, 10_000, "right")
-    trained = [encode_rows([rendered(text, label) for text in texts], tokenizer, 10_000, "right") for label in (0, 1)]
-    return tokenizer, texts, [ids for ids, _, _ in prompts], list(zip(*trained, strict=True))
-
-
-def test_the_prompt_at_inference_is_a_strict_prefix_of_what_was_trained_on(encodings):
-    """C12, C13: for both answers, and exactly what follows it is labelled."""
-    _, _, prompts, examples = encodings
-    for prompt, both in zip(prompts, examples, strict=True):
-        for ids, is_answer, was_cut in both:
-            assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) and not was_cut
-            assert is_answer == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-        assert both[0][0] != both[1][0]
-
-
-def test_what_is_labelled_decodes_to_the_answer_and_the_rest_to_the_prompt(encodings):
-    """C12, C18: nothing is lost or moved at the seams; half of a character would be U+FFFD."""
-    tokenizer, texts, prompts, examples = encodings
-    for text, prompt, both in list(zip(texts, prompts, examples, strict=True))[:2000]:
-        assert [tokenizer.decode(ids[len(prompt) :], continues=True) for ids, _, _ in both] == list(TEMPLATE.answers)
-        assert tokenizer.decode(prompt) == TEMPLATE.before + text + TEMPLATE.after
-
-
-def test_there_is_one_beginning_of_text_and_no_other_control_token(encodings):
-    """C14, C20: whatever the reviews say. The control ids are asked of the library itself."""
-    tokenizer, _, prompts, examples = encodings
-    control = control_ids(tokenizer)
-    assert tokenizer.eos_id in control
-    for prompt, both in zip(prompts, examples, strict=True):
-        begins = [prompt[0]] if tokenizer.bos_id is not None else []
-        assert begins == [tokenizer.bos_id][: len(begins)]
-        assert control.isdisjoint(prompt[len(begins) :])
-        assert all(control.isdisjoint(ids[len(begins) :]) for ids, _, _ in both)
-
-
-def control_ids(tokenizer: Tokenizer) -> set[int]:
-    file = tokenizer.files[0]
-    if file.suffix == ".json":
-        return {token["id"] for token in json.loads(file.read_text())["added_tokens"] if len(token["content"]) > 1}
-    from sentencepiece import SentencePieceProcessor
-
-    codec = SentencePieceProcessor(model_file=str(file))
-    return {i for i in range(codec.vocab_size()) if codec.is_control(i) or codec.is_unknown(i)}
-
-
-def test_with_llama_2_the_answers_are_one_token_each_and_no_lone_space_comes_before(assets):
-    """C13: ids 8178 and 6374 as the notebook has them, and never 29871, the trailing space of its prompt."""
-    tokenizer = load_tokenizer(assets / "llama2-tokenizer")
-    for text in random_texts(300):
-        text = text.strip() + "x"
-        for label, answer in ((0, 8178), (1, 6374)):
-            ((ids, is_answer, _),) = encode_rows([rendered(text, label)], tokenizer, 10_000, "right")
-            assert ids[-1] == answer and sum(is_answer) == 1
-            assert ids[-2] != 29871
-    for fixed in (rendered("x")[0].text, rendered("x")[2].text):
-        assert 29871 not in tokenizer.encode(fixed, continues=fixed == TEMPLATE.after)
-
-
-@pytest.mark.parametrize("text", [*HOSTILE, "{text}{label}", "{", "}", "%", "\\x00", "${HOME}", "{text.__class__}"])
-def test_what_a_review_says_is_never_evaluated(bundled, text):
-    """C20, R16: neither as a template nor as a control token; it comes back letter for letter."""
-    segments = rendered(text)
-    assert [s.text for s in segments] == [TEMPLATE.before, text, TEMPLATE.after, " positive"]
-    ((ids, _, _),) = encode_rows([segments], bundled, 1000, "right")
-    assert bundled.decode(ids) == TEMPLATE.before + text + TEMPLATE.after + " positive"
-    assert ids.count(bundled.bos_id) == 1 and bundled.eos_id not in ids
-
-
-def test_examples_do_not_depend_on_what_they_are_encoded_with(bundled):
-    """A batch, a file, or alone: the same ids."""
-    rows = [rendered(text, i % 2) for i, text in enumerate(random_texts(400)) if text.strip()]
-    together = encode_rows(rows, bundled, 120, "left")
-    assert together == [encode_rows([row], bundled, 120, "left")[0] for row in rows]
-    order = random.Random(1).sample(range(len(rows)), len(rows))
-    assert encode_rows([rows[i] for i in order], bundled, 120, "left") == [together[i] for i in order]
-
-
-# Truncation
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("length", [84, 90, 120, 500])
-def test_truncation_takes_only_the_review_and_only_from_the_chosen_side(tokenizer, side, length):
-    """C16, C17: what stays of the review is its beginning or its end, and every label is there."""
-    fixed = [tokenizer.encode(TEMPLATE.before), tokenizer.encode(TEMPLATE.after, continues=True)]
-    texts = [text for text in random_texts(100, seed=2) if text.strip()]
-    for label in (0, 1):
-        answer = tokenizer.encode(TEMPLATE.answers[label], continues=True)
-        room = length - len(fixed[0]) - len(fixed[1]) - len(answer)
-        rows = [rendered(text, label) for text in texts]
-        for text, example in zip(texts, encode_rows(rows, tokenizer, length, side), strict=True):
-            review = tokenizer.encode(text, continues=True)
-            if room < 0:
-                assert example is None
-                continue
-            kept = review[max(0, len(review) - room) :] if side == "left" else review[:room]
-            ids, is_answer, was_cut = example
-            assert ids == [*fixed[0], *kept, *fixed[1], *answer] and len(ids) <= length
-            assert is_answer == [False] * (len(ids) - len(answer)) + [True] * len(answer)
-            assert was_cut == (len(kept) < len(review))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_text_that_begins_the_document_is_cut_after_its_beginning_of_text(bundled, side):
-    """C14, C17: as templates will have it whose first segment may be cut."""
-    segments = [Segment("one two three four five", may_cut=True), Segment(" done", answer=True)]
-    first, last = bundled.encode("one two three four five"), bundled.encode(" done", continues=True)
-    ((ids, _, _),) = encode_rows([segments], bundled, len(last) + 4, side)
-    assert ids == [bundled.bos_id, *(first[-3:] if side == "left" else first[1:4]), *last]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_is_cut_alike_whatever_its_answer_and_also_without_one(tmp_path, side):
-    """C13: were the room for a short answer given to the review, the length of a prompt would tell the answer."""
-    fake, room, text = ByteTokenizer(), len(" negative"), "0123456789" * 3
-    fixed = len(TEMPLATE.before) + 1 + len(TEMPLATE.after)
-    for length in range(fixed + room, fixed + room + len(text) + 2):
-        rows = [rendered(text, 0), rendered(text, 1), rendered(text)[:-1]]
-        negative, positive, none = encode_rows(rows, fake, length, side, answer_room=room)
-        assert negative[0][:-9] == positive[0][:-1] == none[0] and len(negative[0]) <= length
-        assert negative[2] == positive[2] == (length < fixed + room + len(text))
-    assert encode_rows(rows, fake, fixed + room - 1, side, answer_room=room) == [None] * 3
-
-
-def test_files_leave_the_room_of_the_longest_answer(tmp_path, own_cache):
-    """C13: `encode_file` asks for it."""
-    fake = ByteTokenizer()
-    fake.files = (BUNDLED,)
-    path = write_rows(tmp_path / "train.jsonl", [{"text": "0123456789", "label": label} for label in (0, 1)])
-    encoded = encode_file(path, "imdb", fake, len(TEMPLATE.before + TEMPLATE.after) + 1 + 9 + 4, quiet=True)
-    prompts = [ids[~is_answer].tolist() for ids, is_answer in (encoded[0], encoded[1])]
-    assert prompts[0] == prompts[1] and bytes(prompts[0][1:]).decode().endswith("0123\n\n#### Answer:")
-    assert encoded.label_counts.tolist() == [9, 1]
-
-
-def test_truncated_examples_are_counted_and_those_that_fit_exactly_are_not(tmp_path, bundled):
-    """C17: the count is of rows that lost something."""
-    texts = ["I liked it.", "I liked it very much.", "I"]
-    lengths = [len(encode_rows([rendered(text)], bundled, 1000, "right")[0][0]) for text in texts]
-    path = write_rows(tmp_path / "train.jsonl", [{"text": text, "label": 1} for text in texts])
-    assert [encode_file(path, "imdb", bundled, n, quiet=True).truncated for n in sorted(lengths)] == [2, 1, 0]
-
-
-class TwoQuestions(ImdbTemplate):
-    """Every third row has a long question, which may not be cut."""
-
-    def render(self, row: dict, where: str):
-        segments, label = super().render(row, where)
-        return [Segment("Why? " * (30 if row["text"].startswith("long") else 1)), *segments[1:]], label
-
-
-def test_rows_whose_fixed_part_is_too_long_are_left_out_and_counted_by_place(tmp_path, bundled, monkeypatch):
-    """C3, C17: the first five are named; the others stay as they are."""
-    monkeypatch.setitem(data.TEMPLATES, "two", TwoQuestions())
-    rows = [{"text": f"{'long' if i % 3 == 0 else 'short'} {i}", "label": i % 2} for i in range(20)]
-    path = write_rows(tmp_path / "train.jsonl", rows)
-    encoded = encode_file(path, "two", bundled, 60, quiet=True)
-    assert encoded.rejected_count == 7 and len(encoded) == 13
-    assert encoded.rejected == [1, 4, 7, 10, 13]
-    assert encoded.answers.tolist() == [i % 2 for i in range(20) if i % 3]
-    assert all(f"short {i}" in bundled.decode(encoded[n][0]) for n, i in enumerate(i for i in range(20) if i % 3))
-
-
-# Reading
-
-
-def test_jsonl_and_parquet_give_identical_examples(tmp_path, bundled):
-    """Every array, byte for byte, with several row groups."""
-    rows = reviews(500)
-    jsonl = write_rows(tmp_path / "train.jsonl", rows)
-    parquet = tmp_path / "train.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet, row_group_size=77)
-    assert [row for _, row in read(jsonl)] == [row for _, row in read(parquet)] == rows
-    assert [where for where, _ in read(jsonl)][-1] == f"{jsonl}:500"
-    assert [where for where, _ in read(parquet)][-1] == f"{parquet}:500"
-    a, b = (encode_file(path, "imdb", bundled, 150, quiet=True) for path in (jsonl, parquet))
-    for name in ("tokens", "is_answer", "offsets", "answers", "label_counts"):
-        assert np.array_equal(getattr(a, name), getattr(b, name)) and len(getattr(a, name)), name
-
-
-def test_encoded_data_gives_each_row_as_encoded_alone(tmp_path, bundled):
-    """No batch effect: over an edge between two batches of rows, in the order of the file."""
-    rows = reviews(2100)
-    encoded = encode_file(write_rows(tmp_path / "train.jsonl", rows), "imdb", bundled, 110, "left", quiet=True)
-    assert len(encoded) == len(rows) and encoded.answers.tolist() == [row["label"] for row in rows]
-    for i in [*range(5), *range(1995, 2005), 2099]:
-        ((ids, is_answer, _),) = encode_rows([rendered(**rows[i])], bundled, 110, "left", answer_room=1)
-        assert encoded[i][0].tolist() == ids and encoded[i][1].tolist() == is_answer
-        assert encoded.lengths[i] == len(ids) and encoded.label_counts[i] == sum(is_answer)
-
-
-GOOD = '{"text": "fine", "label": 1}'
-BAD_LINES = {
-    "broken JSON": ('{"text": "fine", "label": 1', "not valid JSON"),
-    "no JSON at all": ("text,label", "not valid JSON"),
-    "two objects": (GOOD + GOOD, "not valid JSON"),
-    "blank line": ("", "not valid JSON"),
-    "raw NUL": ('{"text": "a\0b", "label": 1}', "not valid JSON"),
-    "deep nesting": ("[" * 100_000, "not valid JSON"),
-    "huge number": ('{"text": "fine", "label": ' + "1" * 5000 + "}", "not valid JSON"),
-    "repeated field": ('{"text": "fine", "label": 1, "label": 0}', "comes twice"),
-    "a list": ("[1, 2]", "found list, expected a JSON object"),
-    "a string": ('"fine"', "found str, expected a JSON object"),
-    "null": ("null", "found NoneType, expected a JSON object"),
-    "missing field": ('{"label": 1}', "found fields {'label': int}, expected {text: str, label: int}"),
-    "no fields": ("{}", "found fields {}, expected"),
-    "misnamed field": ('{"review": "fine", "label": 1}', "{'review': str, 'label': int}"),
-    "line breaks in a name": ('{"te\\nxt": "fine", "label": 1}', "te\\nxt"),
-    "text not a string": ('{"text": 7, "label": 1}', "'text': int"),
-    "null text": ('{"text": null, "label": 1}', "'text': NoneType"),
-    "boolean label": ('{"text": "fine", "label": true}', "'label': bool"),
-    "label as text": ('{"text": "fine", "label": "1"}', "'label': str"),
-    "fraction as label": ('{"text": "fine", "label": 1.0}', "'label': float"),
-    "label out of range": ('{"text": "fine", "label": 2}', "label is 2, expected 0 (negative) or 1 (positive)"),
-    "negative label": ('{"text": "fine", "label": -1}', "label is -1, expected 0"),
-    "empty text": ('{"text": "", "label": 1}', "text is empty"),
-    "only spaces": ('{"text": " \\n\\t", "label": 1}', "text is empty"),
-    "half a character": ('{"text": "a\\ud800", "label": 1}', "lone surrogate"),
-    "Latin-1": (b'{"text": "caf\xe9", "label": 1}', "byte 13 is not UTF-8"),
-    "UTF-16": (GOOD.encode("utf-16"), "byte 0 is not UTF-8"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_named_by_file_and_number_in_one_line(tmp_path, own_cache, bundled, case):
-    """R15: what was found and what was expected; nothing is cached, and a second try says the same."""
-    line, expected = BAD_LINES[case]
-    path = tmp_path / "train.jsonl"
-    good = GOOD.encode()
-    path.write_bytes(b"\n".join([good, good, line if isinstance(line, bytes) else line.encode(), good, b""]))
-    for _ in range(2):
-        with pytest.raises(DataError) as error:
-            encode_file(path, "imdb", bundled, 512, quiet=True)
-        told = str(error.value)
-        assert told.startswith(f"{path}:3: ") and expected in told
-        assert "\n" not in told and len(told) < len(str(path)) + 250
-    assert [p.suffix for p in own_cache.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbf" + GOOD.encode() + b"\n" + GOOD.encode() + b"\n",
-    GOOD.encode() + b"\r\n" + GOOD.encode() + b"\r\n",
-    GOOD.encode() + b"\n" + GOOD.encode(),
-    b"  " + GOOD.encode() + b"  \n" + b'{"label": 1, "more": [1], "text": "fine"}\n',
-], ids=["byte order mark", "CRLF", "no newline at the end", "spaces, order, more fields"])  # fmt: skip
-def test_files_that_other_systems_write_are_read_alike(tmp_path, bundled, content):
-    """R15: none of these is a mistake."""
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(content)
-    encoded = encode_file(path, "imdb", bundled, 512, quiet=True)
-    expected = encode_rows([rendered("fine")], bundled, 512, "right")[0][0]
-    assert [encoded[i][0].tolist() for i in range(len(encoded))] == [expected] * 2
-
-
-def test_a_line_of_ten_megabytes_is_read(tmp_path, bundled):
-    """R15: cut like any other."""
-    path = write_rows(tmp_path / "train.jsonl", [{"text": "ab " * 100_000, "label": 0, "more": "x" * 10**7}])
-    assert encode_file(path, "imdb", bundled, 512, quiet=True).lengths.tolist() == [512]
-
-
-def parquet_file(path: Path, *rows: dict) -> bytes:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
-    return path.read_bytes()
-
-
-def test_a_bad_row_of_a_parquet_file_is_named_by_number(tmp_path, bundled):
-    """R15: as in JSONL."""
-    path = tmp_path / "train.parquet"
-    good = {"text": "fine", "label": 1}
-    for bad, expected in (({"text": "fine", "label": 5}, "label is 5"), ({"text": None, "label": 1}, "NoneType")):
-        parquet_file(path, good, bad)
-        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:2: .*{expected}.*"):
-            encode_file(path, "imdb", bundled, 512, quiet=True)
-    parquet_file(path, {"review": "fine", "stars": 3.5})
-    with pytest.raises(DataError, match="found fields {'review': str, 'stars': float}, expected {text: str"):
-        encode_file(path, "imdb", bundled, 512, quiet=True)
-    parquet_file(path, {"text": "fine", "label": True})
-    with pytest.raises(DataError, match="'label': bool"):
-        encode_file(path, "imdb", bundled, 512, quiet=True)
-
-
-def test_a_parquet_file_cut_short_or_damaged_is_an_error_of_one_line(tmp_path, bundled):
-    """R5, R15: at any length."""
-    path = tmp_path / "train.parquet"
-    whole = parquet_file(path, *reviews(300))
-    for keep in (0, 1, 8, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:keep])
-        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: cannot be read as Parquet [^\n]+\)$"):
-            encode_file(path, "imdb", bundled, 512, quiet=True)
-
-
-@pytest.mark.parametrize("name, content", [
-    ("train.jsonl", b""),
-    ("train.parquet", pyarrow.schema([("text", pyarrow.string()), ("label", pyarrow.int64())])),
-])  # fmt: skip
-def test_a_file_without_rows_is_refused(tmp_path, bundled, name, content):
-    """R19: never a run of 0 steps."""
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        pyarrow.parquet.write_table(content.empty_table(), path)
-    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: no rows$"):
-        encode_file(path, "imdb", bundled, 512, quiet=True)
-
-
-def test_a_length_that_leaves_no_room_for_any_row_is_refused(tmp_path, bundled):
-    """R19: all rows left out is an error, and names the flag."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(7))
-    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:1: .*--max_length 20, as in all 7 rows$"):
-        encode_file(path, "imdb", bundled, 20, quiet=True)
-
-
-# Where the rows are
-
-
-def test_files_and_folders_are_found(tmp_path, monkeypatch):
-    """A path to a file, to a folder, and a named set in --data_dir, from the hub, or the bundled sample."""
-    for name in ("train.jsonl", "test.parquet", "notes.txt"):
-        (tmp_path / name).write_text("")
-    both = {"train": tmp_path / "train.jsonl", "test": tmp_path / "test.parquet"}
-    assert resolve(str(tmp_path), None).files == both
-    assert resolve("imdb", str(tmp_path)).files == both
-    assert resolve(str(tmp_path / "train.jsonl"), None).files == {"train": tmp_path / "train.jsonl"}
-    assert not resolve("imdb", str(tmp_path)).bundled_sample
-
-    monkeypatch.setattr(data, "download_dataset", lambda *_: {"train": tmp_path / "a", "test": tmp_path / "b"})
-    assert resolve("imdb", None) == data.Source("imdb", {"train": tmp_path / "a", "test": tmp_path / "b"})
-    for hub, allowed in ((None, True), ({"train": tmp_path}, False)):
-        monkeypatch.setattr(data, "download_dataset", lambda *_, hub=hub: hub)
-        source = resolve("imdb", None, use_hub=allowed)
-        assert source.bundled_sample and set(source.files) == {"train", "test"}
-        assert all(path.is_relative_to(ROOT / "assets") for path in source.files.values())
-
-
-def test_what_cannot_be_found_is_named(tmp_path, bundled):
-    """R15, R17: no such folder, nothing in it, two train files, a name of another kind."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "two").mkdir()
-    for name in ("two/train.jsonl", "two/train.parquet", "train.csv"):
-        (tmp_path / name).write_text("")
+def reviews(count: int, seed: int = 0) -> list[dict]:
+    """Reviews of very different lengths, a third of them positive."""
+    generator = random.Random(seed)
+    words = "a slow dull weak plot and bright quick strong films".split()
+    texts = [" ".join(generator.choices(words, k=generator.randrange(1, 40))) for _ in range(count)]
+    return [{"text": f"{text} {i}", "label": int(i % 3 == 0)} for i, text in enumerate(texts)]
+
+
+def questions(count: int) -> list[dict]:
+    return [{"instruction": f"Say {i}.", "input": "word " * (i % 5), "output": f"It is {i}."} for i in range(count)]
+
+
+def texts_of(encoded, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(encoded[i][0]) for i in range(len(encoded))]
+
+
+# Where the files are
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("files, found", [
+    (["train.jsonl", "test.parquet", "other.jsonl"], {"train": "train.jsonl", "test": "test.parquet"}),
+    (["train.jsonl.gz", "validation.jsonl", "notes.txt"], {"train": "train.jsonl.gz", "test": "validation.jsonl"}),
+    (["train.parquet", "validation.jsonl", "test.jsonl"], {"train": "train.parquet", "test": "test.jsonl"}),
+    (["validation.jsonl", "test.jsonl"], {"train": "validation.jsonl", "test": "test.jsonl"}),
+    (["validation.parquet"], {"train": "validation.parquet"}),
+    (["train.jsonl"], {"train": "train.jsonl"}),
+    (["test.jsonl"], {"test": "test.jsonl"}),
+    (["databricks-dolly-15k.parquet", "README.md"], {"train": "databricks-dolly-15k.parquet"}),
+], ids=lambda value: " ".join(value))  # fmt: skip
+def test_a_named_set_is_found_in_a_folder_and_so_is_a_folder_without_a_name(tmp_path, name, files, found):
+    """The file of each part; where validation stands in, for the one that is missing; else the only file."""
+    for file in files:
+        (tmp_path / file).write_text("")
+    expected = {split: tmp_path / file for split, file in found.items()}
+    assert resolve(name, str(tmp_path)) == Source(name, expected)
+    assert resolve(f"{name}:open_qa", str(tmp_path)) == Source(name, expected, "open_qa")
+    assert resolve(str(tmp_path), None) == Source(str(tmp_path), expected)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_set_may_be_a_single_file_and_so_may_a_path(tmp_path, name):
+    """R17: the file itself as --data_dir, or as --data."""
+    path = write_rows(tmp_path / "rows.jsonl", [])
+    assert resolve(name, str(path)) == Source(name, {"train": path})
+    assert resolve(str(path), None) == Source(str(path), {"train": path})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_set_is_had_from_the_hub_under_its_own_address(tmp_path, monkeypatch, name):
+    """Repository, configuration and parts of each as the hub has them."""
+    asked = []
+
+    def download(*address):
+        asked.append(address)
+        return {split: tmp_path / split for split in address[2]}
+
+    monkeypatch.setattr(data, "download_dataset", download)
+    source = resolve(f"{name}:c", None)
+    assert source == Source(name, {split: tmp_path / split for split in NAMED[name].splits}, "c")
+    assert {"train"} <= set(source.files) <= {"train", "test"}
+    assert asked == [tuple(NAMED[name])] and re.fullmatch(r"[\w-]+/[\w.-]+", asked[0][0])
+    assert resolve(f"{name}:", None).category is None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "imdb"])
+def test_where_the_hub_is_out_of_reach_one_line_says_what_to_do(name):
+    """R17: the reason, and the flag that helps."""
+    with pytest.raises(DataError) as error:
+        resolve(name, None)
+    (told,) = error.value.lines
+    assert told.startswith(f"--data {name}: the hub, where it is ORG/NAME, cannot be reached; give --data_dir")
+
+
+def test_imdb_falls_back_to_the_bundled_sample_and_the_source_says_so(tmp_path, monkeypatch):
+    """Where the hub is out of reach or is not to be asked; also where the sample is named as a folder."""
+    sources = [resolve("imdb", None)]
+    monkeypatch.setattr(data, "download_dataset", lambda *_: pytest.fail("asked the hub"))
+    sources += [resolve("imdb", None, use_hub=False), resolve("imdb", str(ROOT / "assets" / "imdb_sample"))]
+    for source in sources:
+        assert source.bundled_sample and source.name == "imdb" and set(source.files) == {"train", "test"}
+        assert all(path.is_relative_to(ROOT / "assets") and path.is_file() for path in source.files.values())
+    with pytest.raises(DataError, match="--data alpaca: .*give --data_dir"):
+        resolve("alpaca", None, use_hub=False)
+
+
+def test_what_cannot_be_found_is_named(tmp_path):
+    """R15, R17: no such folder, nothing in it, too much in it, a folder for what is no named set."""
+    for name in ("two/train.jsonl", "two/train.parquet", "many/a.jsonl", "many/b.parquet", "none/notes.txt", "a.jsonl"):
+        write_rows(tmp_path / name, [])
     for call, expected in (
-        (lambda: resolve("imbd", None), r"--data imbd: no such file or folder, nor one of .*imdb"),
-        (lambda: resolve("imdb", str(tmp_path / "nowhere")), "nowhere: no such folder"),
-        (lambda: resolve("imdb", str(tmp_path / "empty")), "no train or test file, expected train.parquet or train.js"),
-        (lambda: resolve(str(tmp_path / "empty"), None), "no train or test file"),
-        (lambda: resolve(str(tmp_path / "two"), None), "both train.parquet and train.jsonl; expected one train file"),
-        (lambda: encode_file(tmp_path / "train.csv", "imdb", bundled, 512), "expected a name ending in .parquet or "),
-        (lambda: encode_file(tmp_path / "gone.jsonl", "imdb", bundled, 512), "gone.jsonl: No such file"),
+        (lambda: resolve("imbd", None), r"^--data imbd: no such file or folder, nor one of the named .*imdb"),
+        (lambda: resolve("nowhere.jsonl", None), r"^--data nowhere.jsonl: no such file"),
+        (lambda: resolve("imdb", str(tmp_path / "nowhere")), "nowhere: no such folder$"),
+        (lambda: resolve("dolly", str(tmp_path / "none")), "none: no train or test file, expected train.parquet or "),
+        (lambda: resolve(str(tmp_path / "none"), None), "none: no train or test file"),
+        (lambda: resolve(str(tmp_path / "many"), None), "many: no train or test file, .*, found 2 others$"),
+        (lambda: resolve(str(tmp_path / "two"), None), "two: both train.* and train.*; expected one train file$"),
+        (lambda: resolve(str(tmp_path / "a.jsonl"), str(tmp_path)), r"^--data_dir .*: only for a named data set \("),
     ):
         with pytest.raises(DataError, match=expected) as error:
             call()
-        assert "\n" not in str(error.value)
+        assert len(error.value.lines) == 1
 
 
-def test_a_cache_folder_that_cannot_be_made_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
-    """R17: a file is where the folder should be."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DataError, match="set LLAMA_CACHE"):
-        data.cache_folder()
-    monkeypatch.delenv("LLAMA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert data.cache_folder() == tmp_path / "xdg" / "llama-fine-tuning"
+# What is held out
 
 
-# The cache
+@pytest.mark.parametrize("examples", [2, 3, 19, 20, 1000, 15_011])
+@pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.9])
+def test_what_is_held_out_and_what_is_left_are_disjoint_and_complete(examples, fraction):
+    """C51: in the order of the file; at least one example is tested on, and one trained on."""
+    train, test = (part.tolist() for part in hold_out(examples, fraction))
+    assert sorted(train + test) == list(range(examples)) and train == sorted(train) and test == sorted(test)
+    assert len(test) == min(max(1, round(examples * fraction)), examples - 1)
+    assert [part.tolist() for part in hold_out(examples, fraction)] == [train, test]
 
 
-@pytest.fixture
-def encoded_batches(monkeypatch) -> list[int]:
-    """The number of rows of each batch that was really encoded."""
-    batches, real = [], data.encode_rows
-
-    def counting(rows, *rest):
-        batches.append(len(rows))
-        return real(rows, *rest)
-
-    monkeypatch.setattr(data, "encode_rows", counting)
-    return batches
+def test_what_is_held_out_is_a_random_choice_that_no_global_seed_changes():
+    """Files come sorted: half of the choice, more or less, is of either half; and it never changes between versions."""
+    np.random.seed(1)
+    _, test = hold_out(10_000, 0.1)
+    assert 400 < (test < 5000).sum() < 600
+    np.random.seed(2)
+    assert np.array_equal(hold_out(10_000, 0.1)[1], test)
+    assert hold_out(20, 0.2)[1].tolist() == [2, 4, 6, 19]
 
 
-def tokenizer_in(folder: Path) -> Tokenizer:
-    folder.mkdir(exist_ok=True)
-    file = folder / "tokenizer.model"
-    if not file.exists():
-        file.write_bytes(BUNDLED.read_bytes())
-    return load_tokenizer(folder)
+@pytest.mark.parametrize("examples, fraction", [(1, 0.5), (1, 0.05), (10, 0.0), (1, 0.0)])
+def test_nothing_is_held_out_of_a_single_example_or_without_a_fraction(examples, fraction):
+    """R19: there is always something to train on."""
+    train, test = hold_out(examples, fraction)
+    assert train.tolist() == list(range(examples)) and len(test) == 0
 
 
-def test_a_second_call_reads_what_the_first_one_encoded(tmp_path, own_cache, encoded_batches):
-    """R21: also for another file of the same content; what it reads is mapped, not loaded."""
-    rows, tokenizer = reviews(2500), tokenizer_in(tmp_path / "tokenizer")
-    path = write_rows(tmp_path / "train.jsonl", rows)
-    first = encode_file(path, "imdb", tokenizer, 128, quiet=True)
-    assert encoded_batches == [2000, 500]
-    copy = write_rows(tmp_path / "copy.jsonl", rows)
-    for again in (encode_file(p, "imdb", tokenizer, 128, quiet=True) for p in (path, copy)):
-        assert isinstance(again.tokens, np.memmap) and isinstance(again.is_answer, np.memmap)
-        assert np.array_equal(again.tokens, first.tokens) and np.array_equal(again.offsets, first.offsets)
-        assert (again.truncated, again.rejected) == (first.truncated, first.rejected)
-    assert encoded_batches == [2000, 500]
-    assert sorted(p.suffix for p in own_cache.iterdir()) == ["", ".lock"]
+def loaded(tokenizer: Tokenizer, splits=("train", "test"), **flags) -> data.DataSet:
+    return load(DataSettings(**flags), tokenizer, splits=splits)
 
 
-def test_a_change_of_anything_that_matters_makes_a_new_cache(tmp_path, own_cache, encoded_batches):
-    """R21: one byte of the data or of the tokenizer's files, the length, the side."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(10))
-    folder = tmp_path / "tokenizer"
-    encode_file(path, "imdb", tokenizer_in(folder), 128, quiet=True)
-
-    def change_data() -> None:
-        path.write_bytes(path.read_bytes().replace(b'"label": 1', b'"label": 0', 1))
-
-    def change_tokenizer() -> None:
-        file = folder / "tokenizer.model"
-        file.write_bytes(file.read_bytes() + b"\x1a\x00")  # an empty message: the same tokenizer, other bytes
-
-    def add_tokenizer_file() -> None:
-        (folder / "tokenizer_config.json").write_text("{}")
-
-    arguments = {"max_length": 128, "truncate_side": "right"}
-    changes = (change_data, change_tokenizer, add_tokenizer_file, lambda: arguments.update(max_length=129),
-               lambda: arguments.update(truncate_side="left"))  # fmt: skip
-    for number, change in enumerate(changes, 2):
-        change()
-        for _ in range(2):
-            encode_file(path, "imdb", tokenizer_in(folder), **arguments, quiet=True)
-            assert len(encoded_batches) == number
-    assert len([p for p in own_cache.iterdir() if p.is_dir()]) == 6
+def test_a_folder_with_both_files_is_loaded_as_it_is(tmp_path, tokenizer):
+    """Nothing is held out of the train file; of two parts only those asked for are encoded."""
+    for split, seed in (("train", 0), ("test", 1)):
+        write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30 - 10 * seed, seed))
+    both = loaded(tokenizer, data=str(tmp_path / "set"))
+    assert (len(both.train), len(both.test), both.held_out) == (30, 20, None) and both.template is TEMPLATES["imdb"]
+    assert set(texts_of(both.train, tokenizer)).isdisjoint(texts_of(both.test, tokenizer))
+    only = loaded(tokenizer, splits=("test",), data=str(tmp_path / "set"), test_fraction=0.0)
+    assert only.train is None and only.test.fingerprint == both.test.fingerprint
 
 
-WORKER = """
-import hashlib, sys, time
-sys.path.insert(0, {root!r})
-import data, fcntl
-from llama.tokenizer import load_tokenizer
-from pathlib import Path
-
-real, batches = data.encode_rows, []
-
-def watched(rows, *rest):
-    batches.append(len(rows))
-    print("encoding", len(batches), flush=True)
-    if {stop_at} == len(batches):
-        time.sleep(1000)
-    return real(rows, *rest)
-
-def no_locks(*_):
-    raise OSError(37, "No locks available")
-
-data.encode_rows = watched
-if {without_locks}:
-    fcntl.flock = no_locks
-print("ready", flush=True)
-sys.stdin.readline()
-encoded = data.encode_file(Path({path!r}), "imdb", load_tokenizer({tokenizer!r}), 128, quiet=True)
-print("done", len(batches), len(encoded), hashlib.sha256(encoded.tokens.tobytes()).hexdigest(), flush=True)
-"""
+def test_without_a_test_file_part_of_the_rows_is_held_out_and_it_is_told_how(tmp_path, tokenizer):
+    """C51, R7: the same rows whenever asked, one in twenty or as many as wished, and all rows exactly once."""
+    path = write_rows(tmp_path / "rows.jsonl", reviews(60))
+    everything = texts_of(encode_file(path, TEMPLATES["imdb"], tokenizer, 512, quiet=True), tokenizer)
+    for flags, fraction, count in (({}, HELD_OUT, 3), ({"test_fraction": 0.25}, 0.25, 15)):
+        first, second = (loaded(tokenizer, data=str(path), **flags) for _ in range(2))
+        assert first.held_out == {"fraction": fraction, "seed": 0, "examples": count}
+        assert (len(first.train), len(first.test)) == (60 - count, count)
+        rows = first.train.rows.tolist() + first.test.rows.tolist()
+        texts = texts_of(first.train, tokenizer) + texts_of(first.test, tokenizer)
+        assert [everything[row - 1] for row in rows] == texts and sorted(rows) == list(range(1, 61))
+        assert second.train.fingerprint == first.train.fingerprint != first.test.fingerprint == second.test.fingerprint
+    whole = loaded(tokenizer, data=str(path), test_fraction=0.0)
+    assert (len(whole.train), whole.test, whole.held_out) == (60, None, None)
 
 
-def start_worker(path: Path, stop_at: int = 0, without_locks: bool = False) -> subprocess.Popen:
-    """A process that encodes `path` once it is told to, and sleeps for ever in its batch `stop_at`."""
-    code = WORKER.format(root=str(ROOT), path=str(path), tokenizer=str(BUNDLED), stop_at=stop_at,
-                         without_locks=without_locks)  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+def test_a_test_fraction_is_refused_where_there_is_a_test_file(tmp_path, tokenizer):
+    """R7: or the train file's rows would be tested on, beside a file made for that."""
+    for split in ("train", "test"):
+        write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30))
+    with pytest.raises(DataError, match=r"^--test_fraction 0.1: .*without a test file, found .*test.jsonl$"):
+        loaded(tokenizer, data=str(tmp_path / "set"), test_fraction=0.1)
 
 
-def go(worker: subprocess.Popen) -> None:
-    assert worker.stdout.readline() == "ready\n"
-    worker.stdin.write("\n")
-    worker.stdin.flush()
+def test_settings_of_the_data_reach_the_encoder(tmp_path, tokenizer):
+    """Length, side, category and leaving out bad rows, each as if asked of the encoder itself."""
+    rows = [row | {"category": "ab"[i % 2]} for i, row in enumerate(reviews(40))]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "", "label": 1, "category": "a"}])
+    with pytest.raises(BadRows):
+        loaded(tokenizer, data="imdb:a", data_dir=str(path))
+    found = loaded(tokenizer, data="imdb:a", data_dir=str(path), max_length=90, truncate_side="left", test_fraction=0.0,
+                   skip_bad_rows=True).train
+    expected = encode_file(path, TEMPLATES["imdb"], tokenizer, 90, "left", "a", True, quiet=True)
+    assert len(found) == 20 and found.bad_rows == 1 and found.fingerprint == expected.fingerprint
+    assert found.rows.tolist() == list(range(1, 41, 2)) and found.was_cut.any() and found.lengths.max() <= 90
 
 
-def read_until(worker: subprocess.Popen, line: str) -> None:
-    while (said := worker.stdout.readline()) != line:
-        assert said, "the worker has ended"
+# Which template
 
 
-def test_a_killed_encoder_publishes_nothing_and_whoever_waits_takes_over(tmp_path, own_cache, bundled, encoded_batches):
-    """R21: kill -9 in the second of two batches; what it left behind is removed, and the lock is free."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(2100))
-    worker = start_worker(path, stop_at=2)
-    results = []
-    waiting = threading.Thread(
-        target=lambda: results.append(encode_file(path, "imdb", bundled, 128, quiet=True)), daemon=True)
+ROWS = {
+    "imdb": {"text": "fine", "label": 1},
+    "alpaca": {"instruction": "Say it.", "input": "", "output": "It."},
+    "dolly": {"instruction": "Say it.", "context": "", "response": "It.", "category": "open_qa"},
+    "quotes": {"quote": "It is.", "author": "Me", "tags": ["a"]},
+    "grammar": {"sentence": "It are.", "corrections": ["It is."]},
+    "gsm8k": {"question": "1 + 1?", "answer": "2"},
+    "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, tokenizer, name):
+    """Also from compressed rows and Parquet, and where the first lines are bad."""
+    rows = [ROWS[name]] * 3
+    lines = "not JSON\n[]\n" + "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for file in ("rows.jsonl", "rows.parquet"):
+        found = find_template(None, Source("mine", {"train": tmp_path / file}), tokenizer)
+        assert found is TEMPLATES[name] if name != "chat" else found.name == "llama2"
+    named = find_template(None, Source(name, {"train": tmp_path / "nobody looks here"}), tokenizer)
+    assert named.name == found.name
+    encoded = encode_file(tmp_path / "rows.parquet", found, tokenizer, 512, quiet=True)
+    assert len(encoded) == 3 and encoded.label_counts.min() > 0
+
+
+@pytest.mark.parametrize("row, told", [
+    ({"question": "1?", "answer": "2", "text": "x", "label": 1}, "fit imdb and gsm8k"),
+    ({"instruction": "a", "output": "b", "response": "c"}, "fit alpaca and dolly"),
+    ({"review": "x", "stars": 3}, "are those of no known template"),
+    ({}, "are those of no known template"),
+    ({"prompt": "x", "\x1b[31m\nred": 3}, "are those of no known template"),
+])  # fmt: skip
+def test_fields_that_fit_no_template_or_more_than_one_are_named(tmp_path, tokenizer, row, told):
+    """R15: with the flag that decides and what it may be, in one line."""
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError) as error:
+        find_template(None, Source("mine", {"test": path}), tokenizer)
+    (line,) = error.value.lines
+    assert line.startswith(f"{path}: the fields {{") and told in line and "--template, imdb, " in line
+    assert all(repr(name) in line for name in row) and line.isprintable()
+    assert find_template("quotes", Source("mine", {"test": path}), tokenizer) is TEMPLATES["quotes"]
+
+
+def test_a_file_without_any_row_has_no_template_to_guess(tmp_path, tokenizer):
+    """R15, R19: it is refused for what is wrong with it, not for its fields; with one named, just so."""
+    path = tmp_path / "rows.jsonl"
+    lines = "\n".join(map(json.dumps, reviews(3)))
+    for content, told in ((b"", "rows.jsonl: no rows"), (b"text,label\nfine,1\n", "rows.jsonl:1: not valid JSON"),
+                          (lines.encode("utf-16"), "rows.jsonl:1: byte 0 is not UTF-8")):
+        path.write_bytes(content)
+        for template in ("imdb", None):
+            with pytest.raises(DataError, match=told):
+                loaded(tokenizer, data=str(path), template=template)
+
+
+def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokenizer):
+    """The named ones, chat as the tokenizer has it, each layout, and a file of one's own."""
+    source = Source("imdb", {"train": tmp_path / "nobody looks here"})
+    for name, template in TEMPLATES.items():
+        assert find_template(name, source, tokenizer) is template
+    for name, layout in (("chat", "llama2"), ("llama2", "llama2"), ("prompter", "prompter"), ("chatml", "chatml")):
+        found = find_template(name, source, tokenizer)
+        assert isinstance(found, Chat) and found.name == layout
+    for start in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "my.txt").write_bytes(start + "Té: {text...}\n[[{label=no,yes}]]\n".encode())
+        found = find_template(str(tmp_path / "my.txt"), source, tokenizer)
+        assert found.answers == ("no", "yes") and found.source.startswith("Té: {")
+
+
+def test_the_layout_of_a_chat_is_that_of_the_tokenizer(assets):
+    """C19: chatml, where it has those control tokens."""
+    source = Source("chat", {"train": Path("rows.jsonl")})
+    names = {"smollm2-135m-instruct-q4": "chatml", "llama3-tokenizer": "llama3", "llama2-tokenizer": "llama2"}
+    for folder, layout in names.items():
+        assert find_template(None, source, load_tokenizer(assets / folder)).name == layout
+
+
+@pytest.mark.parametrize("content, told", [
+    (None, "no such file, nor one of imdb, alpaca, "),
+    (b"Caf\xe9: {text}\n[[{label=a,b}]]", "byte 3 is not UTF-8"),
+    (b"", "no [[answer]] with a {field} in it at its end"),
+    (b"{text}\n[[{label=a,b}", "no [[answer]] with a {field} in it at its end"),
+    (b"one\n{te}xt}[[{a}]]", "my.txt:2: } without its other half"),
+])  # fmt: skip
+def test_a_template_file_that_cannot_be_used_is_an_error_of_one_line(tmp_path, tokenizer, monkeypatch, content, told):
+    """R15, R16: not there, not UTF-8, not well formed."""
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("my.txt").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        find_template("my.txt", Source("imdb", {}), tokenizer)
+    (line,) = error.value.lines
+    assert line.startswith("--template my.txt") and told in line
+
+
+@pytest.mark.parametrize("given, name", [
+    ("imdb", "imdb"), ("dolly:open_qa", "dolly-open_qa"), ("/x/y/rows.jsonl.gz", "rows"), ("/x/set/", "set"),
+    ("./rows.parquet", "rows"), ("..", "outer"), (".", "here"), ("/", "data"),
+])  # fmt: skip
+def test_a_run_is_called_after_its_data(tmp_path, monkeypatch, given, name):
+    """R17: always a plain name of one folder."""
+    (tmp_path / "outer" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outer" / "here")
+    assert data.run_name(given) == name
+
+
+# What the command shows
+
+
+def command(monkeypatch, capsys, *arguments, terminal: bool = False) -> tuple[int, str, str]:
+    """data.py in this process: (exit status, stdout, stderr without progress bars)."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    status = 0
     try:
-        go(worker)
-        read_until(worker, "encoding 2\n")
-        (left_over,) = [p for p in own_cache.iterdir() if p.is_dir()]
-        assert ".tmp" in left_over.name and (left_over / "tokens.raw").exists()
-        waiting.start()
-        time.sleep(0.3)
-        assert not results and not encoded_batches  # another process is at it
-    finally:
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.communicate()
-    waiting.join(60)
-    assert len(results) == 1 and len(results[0]) == 2100 and encoded_batches == [2000, 100]
-    (published,) = [p for p in own_cache.iterdir() if p.is_dir()]
-    assert published.name == left_over.name.split(".")[0]
-    assert np.array_equal(results[0].tokens, EncodedData(published).tokens)
+        data.run(data.main)
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    lines = [line for line in re.split(r"[\r\n]", err) if line.strip() and not line.startswith("encoding")]
+    return status, out, "\n".join(lines)
 
 
-@pytest.mark.parametrize("without_locks", [False, True], ids=["with locks", "on a file system without locks"])
-def test_two_processes_at_once_both_succeed_and_give_the_same(tmp_path, own_cache, bundled, without_locks):
-    """R21, C43: with locks only one of them works; without, both do, and neither harms the other."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(4100))
-    workers = [start_worker(path, without_locks=without_locks) for _ in range(2)]
-    for worker in workers:
-        go(worker)
-    told = [worker.communicate(timeout=120)[0].splitlines()[-1].split() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    encoded = encode_file(path, "imdb", bundled, 128, quiet=True)
-    digest = hashlib.sha256(encoded.tokens.tobytes()).hexdigest()
-    assert [[rows, found] for _, _, rows, found in told] == [["4100", digest]] * 2
-    if not without_locks:
-        assert sorted(batches for _, batches, _, _ in told) == ["0", "3"]
-    assert sorted(p.suffix for p in own_cache.iterdir()) == ["", ".lock"]
+LENGTH = 150  # by which some reviews are cut, and most are not
 
 
-def test_a_damaged_cache_is_named(tmp_path, own_cache, bundled):
-    """R5, R21: cut short by a full disk or a crash of the machine; never a traceback, never wrong tokens."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(5))
-    encode_file(path, "imdb", bundled, 128, quiet=True)
-    [folder] = [p for p in own_cache.iterdir() if p.is_dir()]
-    (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:-40])
-    with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}: damaged, delete it"):
-        encode_file(path, "imdb", bundled, 128, quiet=True)
+def percentile(values: list[int], q: float) -> float:
+    """By linear interpolation between the two nearest, as numpy and spreadsheets have it."""
+    values, at = sorted(values), q * (len(values) - 1)
+    low = int(at)
+    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
-def test_an_encoder_that_fails_leaves_nothing_behind(tmp_path, own_cache, bundled, monkeypatch):
-    """R21, R3: nor does one that is interrupted."""
-    path = write_rows(tmp_path / "train.jsonl", reviews(5))
-    for error, seen in ((OSError(28, "No space left on device"), DataError),
-                        (KeyboardInterrupt(), KeyboardInterrupt)):
-        with monkeypatch.context() as patched:
-            patched.setattr(np, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
-            with pytest.raises(seen):
-                encode_file(path, "imdb", bundled, 128, quiet=True)
-        assert [p.suffix for p in own_cache.iterdir()] == [".lock"]
-    assert len(encode_file(path, "imdb", bundled, 128, quiet=True)) == 5
+def test_statistics_are_those_of_the_lengths_by_definition(tmp_path, tokenizer):
+    """Mean, median, 95th percentile and greatest, from the standard library and by hand."""
+    path = write_rows(tmp_path / "rows.jsonl", reviews(43))
+    encoded, whole = (encode_file(path, TEMPLATES["imdb"], tokenizer, n, quiet=True) for n in (LENGTH, 1000))
+    lengths = [len(encoded[i][0]) for i in range(43)]
+    told = data.statistics(encoded)
+    assert told.pop("truncated") == sum(len(whole[i][0]) > LENGTH for i in range(43)) > 0
+    assert told == {
+        "examples": 43, "tokens": sum(lengths), "labels": 43, "mean": pytest.approx(statistics.mean(lengths)),
+        "p50": statistics.median(lengths), "p95": pytest.approx(percentile(lengths, 0.95)), "max": max(lengths),
+    }
+    assert told["max"] == LENGTH and len(set(lengths)) > 10
 
 
-@settings(derandomize=True, database=None, max_examples=150, deadline=None)
-@given(text=st.text(min_size=1, max_size=30), side=st.sampled_from(["left", "right"]), length=st.integers(80, 130))
-def test_any_text_is_rendered_and_fits(text, side, length):
-    """C17, R16: whatever Unicode it is made of; or it is refused for being empty."""
-    tokenizer = load_tokenizer(BUNDLED)
-    try:
-        text.encode()
-        assert text.strip()
-    except (UnicodeEncodeError, AssertionError):
-        with pytest.raises(DataError, match="^here: "):
-            rendered(text)
-        return
-    (example,) = encode_rows([rendered(text, 0)], tokenizer, length, side)
-    fixed = len(encode_rows([[s for s in rendered("x", 0) if not s.may_cut]], tokenizer, 1000, "right")[0][0])
-    assert (example is None) == (fixed > length)
-    if example:
-        ids, is_answer, _ = example
-        assert fixed <= len(ids) <= length and sum(is_answer) == 1 and is_answer[-1]
+def test_the_command_prints_the_counts_the_lengths_and_the_balance_of_labels(tmp_path, tokenizer, monkeypatch, capsys):
+    """C51: of both files, every number as counted here; and draws two charts."""
+    for split, count in (("train", 43), ("test", 20)):
+        write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(count))
+    status, out, err = command(monkeypatch, capsys, "--data", tmp_path / "set", "--max_length", LENGTH, "--output",
+                               tmp_path / "charts")  # fmt: skip
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "template: imdb"
+    assert lines[1].split() == ["examples", "tokens", "labels", "mean", "p50", "p95", "max", "cut"]
+    for split, start in (("train", 2), ("test", 5)):
+        path = tmp_path / "set" / f"{split}.jsonl"
+        encoded = encode_file(path, TEMPLATES["imdb"], tokenizer, LENGTH, quiet=True)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lengths, positive = encoded.lengths.tolist(), sum(row["label"] for row in rows)
+        assert lines[start].split() == [
+            split, str(len(rows)), str(sum(lengths)), str(len(rows)), f"{statistics.mean(lengths):.1f}",
+            f"{statistics.median(lengths):.0f}", f"{percentile(lengths, 0.95):.0f}", str(max(lengths)),
+            f"{sum(encoded.was_cut) / len(rows):.1%}"]
+        assert lines[start + 1].split() == ["negative:", str(len(rows) - positive),
+                                            f"({(len(rows) - positive) / len(rows):.1%})"]
+        assert lines[start + 2].split() == ["positive:", str(positive), f"({positive / len(rows):.1%})"]
+    assert lines[8:] == [f"lengths.png and labels.png are in {tmp_path / 'charts'}"]
+    charts_are_whole(tmp_path / "charts")
+
+
+def charts_are_whole(folder: Path) -> None:
+    """Two PNG files that open, as large as asked, with something drawn in colour."""
+    assert {path.name for path in folder.iterdir()} == {"lengths.png", "labels.png"}
+    for path in folder.iterdir():
+        picture = matplotlib.image.imread(path)
+        assert picture.shape[:2] == (480, 960)
+        assert (np.ptp(picture[..., :3], axis=2) > 0.3).mean() > 0.01, path  # not only black on white
+
+
+def test_the_plain_command_shows_the_bundled_sample_and_says_what_it_is(monkeypatch, capsys):
+    """Without any flag; the charts go to a folder under runs, where a second time replaces them."""
+    for _ in range(2):
+        status, out, _ = command(monkeypatch, capsys, "--show", 2)
+        assert status == 0 and out.startswith(data.BUNDLED_SAMPLE + "\n")
+        assert len(re.findall(r"--- example |\[\[ (?:posi|nega)tive\]\]", out)) == 4
+        assert sorted(path.name for path in Path("runs").iterdir()) == ["imdb-shown"]
+    charts_are_whole(Path("runs/imdb-shown"))
+
+
+def test_labels_stand_in_brackets_and_control_tokens_are_spelled_out(tmp_path, monkeypatch, capsys):
+    """C12, C14, C15: exactly what was trained on, in the order of the file, each with its row and its counts."""
+    rows = [{"instruction": "Say it.", "input": "", "output": "It: [[x]]."},
+            {"instruction": "Go on.", "input": "</s> here", "output": "So\nit\tgoes."}]  # fmt: skip
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    status, out, _ = command(monkeypatch, capsys, "--data", path, "--show", 9, "--test_fraction", 0)
+    assert status == 0 and "template: alpaca\n" in out and "held out" not in out
+    shown = out.split("--- example ")[1:]
+    assert len(shown) == 2
+    for number, (part, row) in enumerate(zip(shown, rows, strict=True), 1):
+        head, text = part.split("\n", 1)
+        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        assert re.fullmatch(rf"{number}: row {number}, \d+ tokens, \d+ labels", head)
+        assert text.startswith("<s>Below is an instruction")
+        assert f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n[[{row['output']}</s>]]\n" in text
+
+
+def test_labels_are_coloured_on_a_terminal_unless_no_colour_is_wanted(tmp_path, monkeypatch, capsys):
+    """https://no-color.org: and what is printed is else the same."""
+    path = write_rows(tmp_path / "rows.jsonl", reviews(3))
+    flags = ("--data", path, "--show", 2, "--test_fraction", 0)
+    plain = command(monkeypatch, capsys, *flags)[1]
+    assert plain.count("[[ positive]]") == plain.count("[[ negative]]") == 1 and "\x1b" not in plain
+    coloured = command(monkeypatch, capsys, *flags, terminal=True)[1]
+    assert coloured == plain.replace("[[ ", "\x1b[1;32m ").replace("ive]]", "ive\x1b[0m")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert command(monkeypatch, capsys, *flags, terminal=True)[1] == plain
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_rows_say_never_steers_the_terminal(tmp_path, monkeypatch, capsys, terminal):
+    """R16: escape sequences, carriage returns, and characters that turn the direction of text, are spelled out."""
+    text = "x\x1b[2J\x1b]0;title\x07y\rz\x08\x9b1m\u202e\u2028!"
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": 1}])
+    status, out, _ = command(monkeypatch, capsys, "--data", path, "--show", 1, terminal=terminal)
+    assert status == 0 and "x\\x1b[2J\\x1b]0;title\\x07y\\x0dz\\x08\\x9b1m\\x202e\\x2028!" in out
+    left = out.replace("\x1b[1;32m positive\x1b[0m", "") if terminal else out
+    assert all(c.isprintable() or c == "\n" for c in left)
+
+
+def test_conversations_are_shown_with_the_control_tokens_of_their_layout(tmp_path, assets, monkeypatch, capsys):
+    """C15, C19: the end of a turn is learned, the names of roles are not."""
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS["chat"]])
+    status, out, err = command(monkeypatch, capsys, "--data", path, "--model", assets / "smollm2-135m-instruct-q4",
+                               "--show", 1)  # fmt: skip
+    assert status == 0 and "template: chatml\n" in out, err
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]"
+    assert out.split("labels\n")[-1].startswith(expected)
+
+
+def test_a_held_out_part_is_told_and_free_answers_are_drawn_by_length(tmp_path, monkeypatch, capsys):
+    """C51: the split is in the output, and the table has a line for each part."""
+    path = write_rows(tmp_path / "set: 100 $x_{2}$.jsonl", questions(100))
+    status, out, err = command(monkeypatch, capsys, "--data", path, "--output", tmp_path / "a/b")
+    assert (status, err) == (0, "")
+    first, _, train, test, last = out.splitlines()
+    assert first == 'template: alpaca; held out: {"fraction": 0.05, "seed": 0, "examples": 5}'
+    assert train.split()[:2] == ["train", "95"] and test.split()[:2] == ["test", "5"]
+    charts_are_whole(tmp_path / "a/b")
+
+
+def test_rows_that_were_left_out_are_told_once(tmp_path, monkeypatch, capsys):
+    """R15: how many, and the first five of them, though both parts come from the same file."""
+    rows = [row | ({"text": " "} if i % 4 == 1 else {}) for i, row in enumerate(reviews(40))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    status, out, _ = command(monkeypatch, capsys, "--data", path, "--skip_bad_rows")
+    assert status == 0 and out.count("were left out") == 1
+    told = out.split("10 rows were left out:\n")[1].splitlines()[:-1]
+    assert told == [f"  {path}:{number}: text is empty" for number in (2, 6, 10, 14, 18)]
+
+
+MISTAKES = {
+    "unknown flag": (["--shwo", "3"], "--shwo"),
+    "not a number": (["--show", "all"], "--show"),
+    "several numbers": (["--show", "-1", "--max_length", "1"], "--max_length 1: expected 2 or more; --show -1: "),
+    "fraction": (["--test_fraction", "1"], "--test_fraction 1.0: expected 0 to 1, without 1"),
+    "fraction beside a test file": (["--test_fraction", "0.5"], "--test_fraction 0.5: expected a data set without"),
+    "no such data": (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    "no such folder": (["--data_dir", "nowhere"], "nowhere: no such folder"),
+    "no hub": (["--data", "dolly"], "--data dolly: the hub, "),
+    "no such model": (["--model", "nowhere"], "--model nowhere: no such folder"),
+    "no tokenizer": (["--model", "."], "no tokenizer, expected tokenizer.json or tokenizer.model"),
+    "no such template": (["--template", "imbd"], "--template imbd: no such file"),
+    "template of other rows": (["--template", "alpaca", "--data", "{good}"], "found fields {'text': str, 'label'"),
+    "control tokens of others": (["--template", "chatml", "--data", "{chat}"], "no control token '<|im_start|>'"),
+    "no such category": (["--data", "imdb:x", "--data_dir", "{good}"], "expected {category: str}"),
+    "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
+    "too short": (["--data", "{good}", "--max_length", "20"], "--max_length 20"),
+    "no rows": (["--data", "{empty}", "--template", "imdb"], "empty.jsonl: no rows"),
+    "charts in a file": (["--data", "{good}", "--output", "{good}"], "--output {good}: File exists"),
+    "charts in no folder": (["--data", "{good}", "--output", "{good}/x"], "--output {good}/x: Not a directory"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(tmp_path, monkeypatch, capsys, case):
+    """R15, R17: or the lines of bad rows and their number; never a traceback, and no charts."""
+    good = json.dumps(reviews(1)[0]) + "\n"
+    places = {name: tmp_path / f"{name}.jsonl" for name in ("good", "bad", "empty", "chat")}
+    for name, content in (("good", good), ("bad", good + "{\n"), ("empty", ""), ("chat", json.dumps(ROWS["chat"]))):
+        places[name].write_text(content)
+    arguments, expected = MISTAKES[case]
+    if "{" in expected:
+        expected = expected.replace("{good}", str(places["good"]))
+    arguments = [argument.format(**places) for argument in arguments]
+    status, out, err = command(monkeypatch, capsys, *arguments)
+    lines = err.splitlines()
+    assert status == 2 and expected in lines[0] and not Path("runs").exists(), err
+    about_rows = " of 1 rows cannot be used; " in lines[-1] or " of 2 rows cannot be used; " in lines[-1]
+    assert len(lines) == (2 if about_rows else 1), err

@@ -12,15 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import data
 import evaluate
-from data import DataError, EncodedData, ImdbTemplate, encode_file
+from data import hold_out
 from evaluate import answer_ids, choose
 from llama import pretrained
 from llama.config import ModelConfig
+from llama.encoding import EncodedData, encode_file
 from llama.model import Llama
 from llama.packed import PackedDocuments
 from llama.parallel import Ranks, build
+from llama.rows import DataError
+from llama.templates import TEMPLATES, Template
 from llama.tokenizer import load_tokenizer
 
 ROOT = Path(evaluate.__file__).parent
@@ -28,13 +30,9 @@ BUNDLED = ROOT / "assets" / "tiny" / "tokenizer.model"
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, initializer_range=0.4)  # fmt: skip
 BATCH_SIZES = (1, 3, 8)
-
-
-class WordyTemplate(ImdbTemplate):
-    """Answers of several tokens, and of different numbers of them."""
-
-    name = "wordy"
-    answers = (" bad and rather too long", " good one")
+IMDB = TEMPLATES["imdb"]
+# Answers of several tokens, and of different numbers of them.
+WORDY = Template("wordy", IMDB.source.replace("{label=negative,positive}", "{label=bad and rather too long,good one}"))
 
 
 def write_reviews(path: Path, count: int) -> Path:
@@ -60,11 +58,14 @@ def wordy(tmp_path_factory) -> tuple[Path, list[int]]:
     folder = tmp_path_factory.mktemp("wordy")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LLAMA_CACHE", str(folder))
-        patched.setitem(data.TEMPLATES, "wordy", WordyTemplate())
         tokenizer = load_tokenizer(BUNDLED)
-        encode_file(write_reviews(folder / "test.jsonl", 19), "wordy", tokenizer, 512, quiet=True)
+        encode_file(write_reviews(folder / "test.jsonl", 19), WORDY, tokenizer, 512, quiet=True)
         (encoded,) = [path for path in folder.iterdir() if path.is_dir()]
-        return encoded, answer_ids(WordyTemplate(), tokenizer)
+        return encoded, answer_ids(WORDY, tokenizer)
+
+
+def opened(folder: Path) -> EncodedData:
+    return EncodedData.open(folder, Path("test.jsonl"))
 
 
 def plain_model(config: ModelConfig = CONFIG) -> Llama:
@@ -91,8 +92,11 @@ def example_by_example(model: Llama, encoded: EncodedData, words: list[int], eve
     return nll / labels, right / len(predictions), len(predictions), predictions
 
 
-def score_on_rank(folder: Path, model_folder: Path | None = None, batch_sizes=BATCH_SIZES, **arguments) -> list:
+def score_on_rank(
+    folder: Path, model_folder: Path | None = None, batch_sizes=BATCH_SIZES, every_token: bool = False, **arguments
+) -> list:
     """On each rank, for each batch size: the metrics, this rank's predictions, how many forwards it ran."""
+    encoded = opened(folder).labelling_prompts() if every_token else opened(folder)
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
     here = Ranks(dist.get_rank(), size, torch.device("cpu"), mesh)
@@ -105,7 +109,7 @@ def score_on_rank(folder: Path, model_folder: Path | None = None, batch_sizes=BA
     model.register_forward_hook(lambda *_: forwards.append(1))
     for batch_size in batch_sizes:
         forwards.clear()
-        results.append((*evaluate.evaluate(model, EncodedData(folder), here, batch_size, **arguments), len(forwards)))
+        results.append((*evaluate.evaluate(model, encoded, here, batch_size, **arguments), len(forwards)))
     return results
 
 
@@ -113,7 +117,7 @@ def score_on_rank(folder: Path, model_folder: Path | None = None, batch_sizes=BA
 def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size):
     """C51, C52, C44: for any batch size and number of ranks; each example once, and as many forwards on each rank."""
     folder, words = wordy
-    loss, accuracy, n, predictions = example_by_example(plain_model(), EncodedData(folder), words)
+    loss, accuracy, n, predictions = example_by_example(plain_model(), opened(folder), words)
     assert n == 19 and 0 < accuracy < 1 and len(set(predictions.values())) == 2
     by_rank = ranks(size, score_on_rank, folder, words=words)
     for batch_size, results in zip(BATCH_SIZES, zip(*by_rank, strict=True), strict=True):
@@ -130,7 +134,7 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size)
 def test_loss_and_perplexity_are_the_sum_of_losses_over_the_number_of_tokens(ranks, wordy, every_token):
     """C52: not a mean of means; over the answers, or over all tokens but each example's first."""
     folder, words = wordy
-    encoded = EncodedData(folder)
+    encoded = opened(folder)
     loss, _, _, _ = example_by_example(plain_model(), encoded, words, every_token)
     for results in ranks(2, score_on_rank, folder, every_token=every_token):
         for metrics, predicted, _ in results:
@@ -142,7 +146,7 @@ def test_fewer_examples_than_ranks_do_not_hang(ranks, wordy, limit):
     """C44, R19: a rank without examples joins the others' forwards, and the metrics are of those there are."""
     folder, words = wordy
     chosen = choose(19, limit).tolist()
-    loss, accuracy, _, predictions = example_by_example(plain_model(), EncodedData(folder), words, indices=chosen)
+    loss, accuracy, _, predictions = example_by_example(plain_model(), opened(folder), words, indices=chosen)
     by_rank = ranks(3, score_on_rank, folder, batch_sizes=[4], limit=limit, words=words)
     assert {i: guess for ((_, part, _),) in by_rank for i, guess in part.items()} == predictions
     for ((metrics, _, forwards),) in by_rank:
@@ -165,7 +169,7 @@ def test_perplexity_of_a_real_model_equals_that_of_transformers(ranks, assets, t
     from transformers import AutoModelForCausalLM
 
     folder = assets / "stories260K"
-    encoded = encode_file(write_reviews(tmp_path / "test.jsonl", 5), "imdb", load_tokenizer(folder), 400, quiet=True)
+    encoded = encode_file(write_reviews(tmp_path / "test.jsonl", 5), IMDB, load_tokenizer(folder), 400, quiet=True)
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nll, tokens = 0.0, 0
     with torch.no_grad():
@@ -174,21 +178,17 @@ def test_perplexity_of_a_real_model_equals_that_of_transformers(ranks, assets, t
             nll += float(peer(ids, labels=ids).loss) * (ids.numel() - 1)
             tokens += ids.numel() - 1
     (cached,) = [path for path in Path(os.environ["LLAMA_CACHE"]).iterdir() if path.is_dir()
-                 and np.array_equal(EncodedData(path).tokens, encoded.tokens)]  # fmt: skip
+                 and np.array_equal(opened(path).tokens, encoded.tokens)]  # fmt: skip
     for results in ranks(2, score_on_rank, cached, folder, batch_sizes=[2], every_token=True):
         assert np.exp(results[0][0]["loss"]) == pytest.approx(np.exp(nll / tokens), rel=1e-5)
 
 
 def test_answers_that_begin_alike_are_refused():
     """One forward looks at the first token of each answer; two that share it could not be told apart."""
-
-    class Alike(ImdbTemplate):
-        answers = (" positive", " positively not")
-
     tokenizer = load_tokenizer(BUNDLED)
     with pytest.raises(DataError, match="begin with the same token"):
-        answer_ids(Alike(), tokenizer)
-    ids = answer_ids(ImdbTemplate(), tokenizer)
+        answer_ids(Template("alike", "{text}[[ {label=positive,positive not}]]"), tokenizer)
+    ids = answer_ids(IMDB, tokenizer)
     assert [tokenizer.decode([i], continues=True) for i in ids] == [" negative", " positive"]
 
 
@@ -221,15 +221,16 @@ def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(e
     told = json.loads(done.stdout)
     assert told == json.loads(result.read_text())
 
-    words = answer_ids(ImdbTemplate(), load_tokenizer(BUNDLED))
-    encoded = encode_file(reviews, "imdb", load_tokenizer(BUNDLED), 512, quiet=True)
+    words = answer_ids(IMDB, load_tokenizer(BUNDLED))
+    encoded = encode_file(reviews, IMDB, load_tokenizer(BUNDLED), 512, quiet=True)
     loss, accuracy, n, guesses = example_by_example(plain_model(), encoded, words)
-    assert told["n"] == n == 23 and told["rejected"] == 0 and not told["bundled_sample"]
+    assert told["n"] == n == 23 and told["bad_rows"] == 0 and not told["bundled_sample"]
+    assert (told["template"], told["split"], told["held_out"]) == ("imdb", None, None)
     assert told["loss"] == pytest.approx(loss, rel=1e-6) and told["accuracy"] == accuracy
 
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     rows = [json.loads(line) for line in reviews.read_text().splitlines()]
-    assert [line["index"] for line in lines] == list(range(23))
+    assert [line["row"] for line in lines] == list(range(1, 24))
     assert [line["answer"] for line in lines] == [("negative", "positive")[row["label"]] for row in rows]
     assert [line["prediction"] for line in lines] == [("negative", "positive")[guesses[i]] for i in range(23)]
     assert sum(line["prediction"] == line["answer"] for line in lines) / len(lines) == told["accuracy"]
@@ -255,10 +256,78 @@ def test_perplexity_is_the_exponential_of_the_loss_over_every_token(exported, re
     status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", tmp_path, "--metric", "perplexity",
                                "--limit", 6, "--dtype", "float32", "--output", tmp_path / "result.json")  # fmt: skip
     assert status == 0 and json.loads(out) == json.loads((tmp_path / "result.json").read_text()), err
-    encoded = encode_file(reviews, "imdb", load_tokenizer(BUNDLED), 512, quiet=True)
+    encoded = encode_file(reviews, IMDB, load_tokenizer(BUNDLED), 512, quiet=True)
     loss, *_ = example_by_example(plain_model(), encoded, [0, 1], every_token=True, indices=choose(23, 6).tolist())
     told = json.loads(out)
     assert told["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5) and told["n"] == 6 and told["split"] == "test"
+
+
+def test_a_held_out_part_of_a_file_is_scored_when_asked_for_and_named_in_the_result(
+    exported, tmp_path, monkeypatch, capsys
+):
+    """C51, C54: exactly the rows that training with the same flag leaves out, by their number in the file."""
+    path = write_reviews(tmp_path / "reviews.jsonl", 23)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["text"] = " "  # row 5 is bad, so examples and rows are numbered differently
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good = [number for number in range(1, 24) if number != 5]
+    train, test = hold_out(22, 0.25)
+    encoded = encode_file(path, IMDB, load_tokenizer(BUNDLED), 512, skip_bad_rows=True, quiet=True)
+    words = answer_ids(IMDB, load_tokenizer(BUNDLED))
+    for split, chosen in (("test", test), ("train", train)):
+        status, out, err = command(
+            monkeypatch, capsys, "--model", exported, "--data", path, "--test_fraction", 0.25, "--split", split,
+            "--skip_bad_rows", "--dtype", "float32", "--predictions", tmp_path / "predictions.jsonl")
+        assert status == 0, err
+        told = json.loads(out)
+        loss, accuracy, n, _ = example_by_example(plain_model(), encoded, words, indices=chosen.tolist())
+        assert told["split"] == split and told["held_out"] == {"fraction": 0.25, "seed": 0, "examples": len(test)}
+        assert (told["n"], told["bad_rows"], told["accuracy"]) == (n, 1, accuracy) and n == len(chosen)
+        assert told["loss"] == pytest.approx(loss, rel=1e-6)
+        lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == [good[i] for i in chosen]
+        labels = [rows[good[i] - 1]["label"] for i in chosen]
+        assert [line["answer"] for line in lines] == [("negative", "positive")[label] for label in labels]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Rows whose answers are free text of very different lengths."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} or not?", "answer": "good film " * (1 + i % 7)}) + "\n"
+                            for i in range(11)))
+    return path
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "perplexity"])
+def test_free_answers_are_scored_by_their_loss_and_whole_texts_by_perplexity(
+    exported, questions, monkeypatch, capsys, metric
+):
+    """C52: loss is the default where there are no answer words; no accuracy is made up."""
+    flags = ["--metric", metric] if metric else []
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", questions, "--batch_size", 3,
+                               "--dtype", "float32", *flags)  # fmt: skip
+    assert status == 0, err
+    told = json.loads(out)
+    encoded = encode_file(questions, TEMPLATES["gsm8k"], load_tokenizer(BUNDLED), 512, quiet=True)
+    loss, *_ = example_by_example(plain_model(), encoded, [0, 1], every_token=metric == "perplexity")
+    assert told["loss"] == pytest.approx(loss, rel=1e-6) and told["n"] == 11 and told["template"] == "gsm8k"
+    assert "accuracy" not in told and ("perplexity" in told) == (metric == "perplexity")
+    assert told.get("perplexity", np.exp(loss)) == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, reviews, monkeypatch, capsys):
+    """C52: the loss is of the answers alone, the same with either metric; perplexity is of every token."""
+    told = {}
+    for metric in (None, "accuracy", "loss", "perplexity"):
+        flags = ["--metric", metric] if metric else []
+        status, out, _ = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--dtype", "float32",
+                                 *flags)  # fmt: skip
+        assert status == 0
+        told[metric] = {name: value for name, value in json.loads(out).items() if "second" not in name}
+    assert told[None] == told["accuracy"] and "perplexity" not in told[None]
+    assert "accuracy" not in told["loss"] and told["loss"]["loss"] == pytest.approx(told[None]["loss"], rel=1e-6)
+    assert "accuracy" not in told["perplexity"] and abs(told["perplexity"]["loss"] - told["loss"]["loss"]) > 0.1
 
 
 MISTAKES = {
@@ -269,8 +338,13 @@ MISTAKES = {
     "no such choice": (["--metric", "rouge-2"], "--metric"),
     "several numbers": (["--batch_size", "0", "--limit", "-1"], "--batch_size 0: expected 1 or more; --limit -1"),
     "too long": (["--max_length", "100000"], "--max_length 100000: the model was made for at most 2048 tokens"),
-    "too short": (["--max_length", "20"], "--max_length 20"),
+    "too short": (["--max_length", "20"], "reviews.jsonl:1: no label is left within --max_length 20 tokens"),
     "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
+    "accuracy of free text": (["--data", "{free}", "--metric", "accuracy"], "--metric accuracy: expected a template"),
+    "predicted free text": (["--data", "{free}", "--predictions", "p"], "--metric accuracy: expected a template with"),
+    "fraction beside a test file": (["--data", "imdb", "--data_dir", str(ROOT / "assets" / "imdb_sample"),
+                                     "--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
+    "nothing held out": (["--data", "{parts}", "--test_fraction", "0", "--split", "test"], "--split test: "),
     "empty file": (["--data", "{empty}"], "empty.jsonl: no rows"),
     "nothing to predict": (["--metric", "perplexity", "--predictions", "p.jsonl"], "--predictions p.jsonl"),
     "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
@@ -283,12 +357,13 @@ MISTAKES = {
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tmp_path, monkeypatch, capsys, case):
     """R15, R18, R19: found before any scoring, except that a result cannot be written."""
     places = {name: tmp_path / name for name in ("parts", "small", "cut")}
-    places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty")}
+    places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")}
     places["parts"].mkdir()
     first = reviews.read_text().splitlines()[0] + "\n"
     (places["parts"] / "train.jsonl").write_text(first)
     places["bad"].write_text(first + "{\n")
     places["empty"].write_text("")
+    places["free"].write_text('{"question": "1?", "answer": "2"}\n')
     for name in ("small", "cut"):
         places[name].mkdir()
         for path in exported.iterdir():
@@ -300,5 +375,6 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tm
     arguments, expected = MISTAKES[case]
     arguments = [argument.format(**places) for argument in arguments]
     status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--limit", 2, *arguments)
-    assert status == 2 and len(err.splitlines()) == 1 and expected.format(**places) in err, err
+    lines = {"bad row": 2, "too short": 6}.get(case, 1)  # the first five bad rows, and how many there are
+    assert status == 2 and len(err.splitlines()) == lines and expected.format(**places) in err.splitlines()[0], err
     assert not dist.is_initialized() and (not out or case == "result cannot be written")

@@ -845,6 +845,6 @@ def test_only_what_an_export_left_behind_is_ever_deleted(tmp_path, name, ours):
         export(model, tmp_path / "export", CONFIG.to_dict())
         assert not stale.exists()
     else:
-        with pytest.raises(WeightsError, match="not from an export"):
+        with pytest.raises(WeightsError, match="not from an attempt to write"):
             export(model, tmp_path / "export", CONFIG.to_dict())
         assert (stale / name).read_text() == "something" and (stale / "config.json").exists()

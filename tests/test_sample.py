@@ -8,7 +8,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from assets import make_sample, make_tokenizer
-from data import ImdbTemplate
+from llama.templates import TEMPLATES
 
 SPLITS = ["train", "test"]
 NEGATION = re.compile(r"\b(not|never|nothing|nobody|far from|anything but)\b", re.I)
@@ -123,14 +123,15 @@ def test_training_the_tokenizer_again_gives_the_committed_bytes(tmp_path):
 
 
 def test_the_tokenizer_knows_the_prompt_of_the_imdb_template():
-    prompt = ImdbTemplate.before + "".join(ImdbTemplate.after + answer for answer in ImdbTemplate.answers)
-    assert set(filter(None, prompt.splitlines())) == set(make_tokenizer.PROMPT.splitlines())
+    rows = [{"text": "x", "label": label} for label in (0, 1)]
+    prompt = "\n".join("".join(s.text for s in TEMPLATES["imdb"].render(row, "")[0]) for row in rows)
+    assert set(filter(None, prompt.splitlines())) - {"x"} == set(make_tokenizer.PROMPT.splitlines())
 
 
 def test_each_answer_is_one_token_after_the_prompt(tokenizer):
     """As a continuation, without the dummy prefix: what follows a newline, always a token of its own."""
     newline = tokenizer.encode("\n")
-    ids = [tokenizer.encode("\n" + answer)[len(newline) :] for answer in ImdbTemplate.answers]
+    ids = [tokenizer.encode("\n" + answer)[len(newline) :] for answer in TEMPLATES["imdb"].answers]
     assert [tokenizer.id_to_piece(i) for i in ids] == [["▁negative"], ["▁positive"]]
     assert ids[0] != ids[1]
 

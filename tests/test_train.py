@@ -9,16 +9,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 import fsdp_train
-from llama import checkpoint
+from data import TINY_TOKENIZER, hold_out
+from llama import checkpoint, pretrained
+from llama.batches import Schedule
+from llama.config import TINY
+from llama.encoding import EncodedData, encode_file
 from llama.errors import UserError
+from llama.model import Llama
+from llama.packed import PackedDocuments
 from llama.parallel import Ranks
+from llama.templates import TEMPLATES
+from llama.tokenizer import load_tokenizer
 
 ROOT = Path(fsdp_train.__file__).parent
 WORDS = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
@@ -32,6 +42,17 @@ def write_reviews(folder: Path, count: int = 40) -> Path:
                 for i in range(count)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def write_questions(path: Path, count: int = 40, bad: int = 0) -> Path:
+    """Rows with free answers of very different lengths, in one file; `bad` more of them, one after every second."""
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"instruction": f"Say {i}.", "input": "slow " * (i % 3), "output": " ".join(["bright"] * (1 + 7 * i % 31))}
+            for i in range(count)]
+    for i in range(bad):
+        rows.insert(3 * i + 2, {"instruction": f"Say nothing {i}.", "input": "", "output": ""})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def settings(data: Path, output: Path, **changes) -> fsdp_train.Settings:
@@ -99,6 +120,21 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(ranks, t
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("plan", [{"batch_tokens": 400}, {"group_by_length": True}], ids=["packs", "by length"])
+def test_a_crashed_and_resumed_run_of_another_plan_equals_the_uninterrupted_one_bitwise(ranks, tmp_path, plan):
+    """C48, R1: a step's packs, and its companions of like length, are a function of the step alone."""
+    data = write_questions(tmp_path / "rows.jsonl")
+    ranks(2, in_workers, tmp_path / "cache", settings(data, tmp_path / "whole", **plan))
+    out = tmp_path / "crashed"
+    ranks(2, in_workers, tmp_path / "cache", settings(data, out, save_every=2, **plan), 4)
+    assert [p.name for p in checkpoint.published(out / "checkpoints")] == ["step-000002"]
+    ranks(2, in_workers, tmp_path / "cache", settings(data, out, save_every=2, resume=True, **plan))
+    assert steps_of(out) == steps_of(tmp_path / "whole") and len(steps_of(out)) > 5
+    expected, found = final_state(tmp_path / "whole"), final_state(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_checkpoint_right_after_an_evaluation_holds_the_trained_shards(ranks, tmp_path, size):
     """C48: after a forward without backward FSDP shows whole bf16 copies of weights, which must not be saved."""
@@ -143,6 +179,122 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tmp_path, before, after
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+# Free answers, packs, prompts as labels
+
+
+def encoded_questions(path: Path, skip: bool = False) -> EncodedData:
+    tokenizer = load_tokenizer(TINY_TOKENIZER)
+    return encode_file(path, TEMPLATES["alpaca"], tokenizer, 192, skip_bad_rows=skip, quiet=True)
+
+
+def lines_of(output: Path) -> list[dict]:
+    return [line for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_packs_hold_every_example_once_an_epoch_and_never_more_tokens_than_asked(ranks, tmp_path, size):
+    """C23, C26: counted in what the run wrote down; free answers are scored by their loss alone."""
+    path, out = write_questions(tmp_path / "rows.jsonl"), tmp_path / "out"
+    ranks(size, in_workers, tmp_path / "cache", settings(path, out, batch_tokens=400))
+    encoded = encoded_questions(path)
+    train, test = (encoded.subset(chosen) for chosen in hold_out(40, 0.05))
+    lines, summary = lines_of(out), json.loads((out / "summary.json").read_text())
+    assert (len(train), len(test)) == (38, 2) and summary["examples"] == 2 * 38
+    for name, per_epoch in (("tokens", train.lengths.sum()), ("labels", train.label_counts.sum())):
+        assert summary[name] == sum(line[name] for line in lines) == 2 * per_epoch
+    assert max(line["tokens"] for line in lines) <= size * 400
+    assert len(lines) < 2 * 38 / (2 * size)  # more than two examples a pack
+    assert set(summary["after"]) == {"loss", "n"} and summary["after"]["n"] == 2
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+
+
+def test_grouped_by_length_every_example_comes_once_an_epoch_among_its_like(ranks, tmp_path):
+    """C26: and the longest one in the first step, where it needs its memory at once."""
+    path = write_questions(tmp_path / "rows.jsonl")
+    plans = {False: tmp_path / "random", True: tmp_path / "grouped"}
+    for grouped, out in plans.items():
+        ranks(2, in_workers, tmp_path / "cache", settings(path, out, group_by_length=grouped, test_fraction=0.0))
+    lengths, spread = encoded_questions(path).lengths, {}
+    for grouped, out in plans.items():
+        lines = lines_of(out)
+        assert sum(line["tokens"] for line in lines) == 2 * lengths.sum() and len(lines) == 10  # of 8 examples each
+        spread[grouped] = np.std([line["tokens"] for line in lines])
+    assert spread[True] > 2 * spread[False]  # a step of short ones, a step of long ones
+    schedule = Schedule(lengths, 2.0, 2, 4, group_by_length=True, seed=0)
+    expected = [sum(int(lengths[part].sum()) for part in schedule.micro_batches(step)) for step in range(10)]
+    assert [line["tokens"] for line in lines_of(plans[True])] == expected
+    assert lengths.max() in [lengths[i] for part in schedule.micro_batches(0) for i in part]
+
+
+@torch.no_grad()
+def plain_loss(encoded: EncodedData, prompts: bool) -> tuple[float, int]:
+    """Of the tiny model as a run begins with it: the mean loss over labels, one example at a time; and their number."""
+    model = Llama(TINY)
+    pretrained.initialize(model, seed=0)
+    total, labels = 0.0, 0
+    for ids, is_answer in (encoded[i] for i in range(len(encoded))):
+        ids, alone = torch.from_numpy(np.array(ids)).long(), PackedDocuments([len(ids)])
+        losses = F.cross_entropy(model(ids, alone.positions, alone)[:-1].double(), ids[1:], reduction="none")
+        chosen = torch.ones(len(losses), dtype=torch.bool) if prompts else torch.from_numpy(np.array(is_answer))[1:]
+        total, labels = total + float(losses[chosen].sum()), labels + int(chosen.sum())
+    return total / labels, labels
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_the_loss_is_over_the_answers_or_with_prompts_over_every_token_but_the_first(ranks, tmp_path, prompts):
+    """C1, C2, C52: the first step's, over all examples, is that of a plain loop; held out are answers only."""
+    path, out = write_questions(tmp_path / "rows.jsonl", 17), tmp_path / "out"
+    chosen = settings(path, out, train_on_prompt=prompts, max_steps=1, batch_size=8)
+    ranks(2, in_workers, tmp_path / "cache", chosen)
+    train, test = (encoded_questions(path).subset(part) for part in hold_out(17, 0.05))
+    loss, labels = plain_loss(train, prompts)
+    (line,) = lines_of(out)
+    assert line["loss"] == pytest.approx(loss, rel=1e-5)
+    assert line["labels"] == labels == (train.lengths.sum() - 16 if prompts else train.label_counts.sum())
+    before = json.loads((out / "summary.json").read_text())["before"]
+    assert before == {"loss": pytest.approx(plain_loss(test, False)[0], rel=1e-5), "n": 1}
+
+
+def test_run_json_says_what_was_held_out_and_a_resume_needs_the_same(ranks, tmp_path):
+    """R7, C51: the choice does not depend on the run's seed; another one, or other labels, is another run."""
+    path, about = write_questions(tmp_path / "rows.jsonl"), {}
+    for seed in (0, 1):
+        chosen = settings(path, tmp_path / f"out{seed}", seed=seed, test_fraction=0.2, max_steps=1)
+        ranks(1, in_workers, tmp_path / "cache", chosen)
+        about[seed] = json.loads((tmp_path / f"out{seed}/run.json").read_text())["examples"]
+    assert about[0]["held_out"] == {"fraction": 0.2, "seed": 0, "examples": 8}
+    assert (about[0]["train"], about[0]["test"], about[0]["bad_rows"]) == (32, 8, 0) and about[0] == about[1]
+    for changes in ({"test_fraction": 0.3}, {"test_fraction": 0.0}, {"test_fraction": 0.2, "train_on_prompt": True}):
+        other = settings(path, tmp_path / "out0", max_steps=1, resume=True, **changes)
+        assert "fingerprint was" in ranks(1, refused, tmp_path / "cache", other)[0], changes
+
+
+def test_bad_rows_stop_a_run_before_it_makes_any_folder(tmp_path, monkeypatch, capsys):
+    """R15: the first five are told by file and line, then how many there are, and what to do."""
+    path = write_questions(tmp_path / "rows.jsonl", 20, bad=7)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", "rows.jsonl", "--batch_size", "4"])
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stopped:
+        fsdp_train.run(fsdp_train.main)
+    told = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("rows.jsonl")]
+    assert stopped.value.code == 2 and len(told) == 6
+    assert told[:5] == [f"rows.jsonl:{number}: output is empty" for number in (3, 6, 9, 12, 15)]
+    assert told[5].startswith("rows.jsonl: 7 of 27 rows cannot be used; ") and "--skip_bad_rows" in told[5]
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", "cache"} and path.exists()
+
+
+def test_a_run_without_its_bad_rows_is_the_run_of_a_clean_file_and_says_how_many(ranks, tmp_path):
+    """R15: every loss bit for bit, and the count in run.json, once though both parts come from that file."""
+    clean = write_questions(tmp_path / "clean.jsonl", 20)
+    spoiled = write_questions(tmp_path / "spoiled.jsonl", 20, bad=7)
+    for path, flags in ((clean, {}), (spoiled, {"skip_bad_rows": True})):
+        ranks(2, in_workers, tmp_path / "cache", settings(path, tmp_path / path.stem, **flags))
+    assert steps_of(tmp_path / "spoiled") == steps_of(tmp_path / "clean") and steps_of(tmp_path / "clean")
+    counts = [json.loads((tmp_path / name / "run.json").read_text())["examples"] for name in ("clean", "spoiled")]
+    assert [about["bad_rows"] for about in counts] == [0, 7] and counts[0]["train"] == counts[1]["train"] == 19
+
+
 def run_command(*arguments: str, cwd: Path, cache: Path, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess:
     launcher = ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks
                 else [sys.executable])
@@ -183,6 +335,11 @@ BAD = {
     "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "no such model": (["--model", "nowhere"], "nowhere"),
     "too few examples": (["--batch_size", "1000"], "fewer than one global batch"),
+    "too few packs": (["--batch_tokens", "100000", "--gradient_accumulation_steps", "2"],
+                      "40 examples in 1 packs of --batch_tokens 100000, fewer than one global batch of 2"),
+    "packs too short": (["--batch_tokens", "100"], "--batch_tokens 100: expected 0, or --max_length 512 or more"),
+    "fraction beside a test file": (["--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
+    "no such template": (["--template", "nowhere.txt"], "--template nowhere.txt: no such file"),
     "too long for the model": (["--max_length", "100000"], "--max_length 100000"),
     "several at once": (["--batch_size", "0", "--epochs", "-1"], "--epochs -1.0"),
     "taken output": (["--output", "."], "exists already"),
