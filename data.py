@@ -53,6 +53,7 @@ NAMED = {
     "chat": Named("HuggingFaceH4/no_robots", "default", BOTH),
 }
 HELD_OUT = 0.05  # of a data set without a test file
+HELD_OUT_SEED = 0  # not the run's, so that runs of different seeds are tested on the same examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +153,8 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Encoded examples, and how they came about. `test` is None where nothing is held out; `held_out`, where it was
-    taken from the train file, says how."""
+    """Encoded examples, and how they came about. A split is None where it was not asked for, or is not there;
+    `held_out` says how `test` was taken from the train file, None where it has a file of its own."""
 
     source: Source
     template: Renderer
@@ -161,9 +162,24 @@ class DataSet:
     test: EncodedData | None
     held_out: dict | None
 
+    @property
+    def bad_rows(self) -> list[str]:
+        """The first bad rows of each file, and their number in `bad_row_count`."""
+        return [line for part in self._files for line in part.bad]
+
+    @property
+    def bad_row_count(self) -> int:
+        return sum(part.bad_rows for part in self._files)
+
+    @property
+    def _files(self) -> list[EncodedData]:
+        return [part for part in (self.train, None if self.held_out else self.test) if part]
+
 
 def load(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, splits=("train", "test")) -> DataSet:
-    """Everything between the flags and encoded examples. Each process does this alone, and only one does the work.
+    """Everything between the flags and encoded examples, of the `splits` asked for.
+
+    Every process calls this and waits in no collective: the first on a machine encodes, the others find the cache.
 
     Raises DataError where there is no such data, and BadRows where rows cannot be used.
     """
@@ -188,9 +204,6 @@ def load(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, spl
         return DataSet(source, template, everything, None, None)
     held_out = {"fraction": fraction, "seed": HELD_OUT_SEED, "examples": len(test)}
     return DataSet(source, template, everything.subset(train), everything.subset(test), held_out)
-
-
-HELD_OUT_SEED = 0  # not the run's, so that runs of different seeds are tested on the same examples
 
 
 def hold_out(examples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -223,8 +236,12 @@ def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Ren
 
 
 def _guess(path: Path) -> str:
-    rows = [row for _, row in islice(read(path), 1000)]
-    first = next((row for row in rows if isinstance(row, dict)), rows[0] if rows else DataError(f"{path}: no rows"))
+    first = DataError(f"{path}: no rows")
+    for number, row in islice(read(path), 1000):
+        if number == 1 or isinstance(row, dict):
+            first = row
+        if isinstance(row, dict):
+            break
     if isinstance(first, DataError):
         raise first
     known = {name: template.fields for name, template in TEMPLATES.items()} | {"chat": Chat.fields}
@@ -347,9 +364,8 @@ def main() -> None:
         counts = Counter(part.answers.tolist())
         for i, word in enumerate(data.template.answers):
             print(f"{'':10}{word.strip()}: {counts[i]} ({counts[i] / len(part):.1%})")
-    for part in {id(part.tokens): part for part in splits.values()}.values():
-        if part.bad_rows:
-            print(f"{part.bad_rows} rows were left out:", *part.bad, sep="\n  ")
+    if data.bad_row_count:
+        print(f"{data.bad_row_count} bad rows were left out:", *data.bad_rows, sep="\n  ")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     first = next(iter(splits.values()))
     for i in range(min(settings.show, len(first))):

@@ -1,6 +1,6 @@
 """Score a model folder on a data set: accuracy of the answer word, or perplexity of the whole text.
 
-    python evaluate.py --model runs/imdb-tiny/model --data imdb
+    python evaluate.py --model runs/imdb-tiny/model --data imdb --data_dir assets/imdb_sample
     torchrun --nproc_per_node 4 evaluate.py --model DIR --data imdb --data_dir DIR --limit 1000 --output result.json
 
 Every example is scored exactly once, whatever the number of ranks and the batch size, and no padding is computed.
@@ -133,7 +133,7 @@ def main() -> None:
     # A file that nothing names a split of is scored whole.
     whole = settings.data not in NAMED and Path(settings.data).is_file() and not settings.test_fraction
     split = "train" if whole else settings.split
-    found = load(replace(settings, test_fraction=settings.test_fraction or 0.0) if whole else settings, tokenizer,
+    found = load(replace(settings, test_fraction=0.0) if whole else settings, tokenizer,
                  splits=(split,))
     data = found.train if split == "train" else found.test
     if data is None:

@@ -272,7 +272,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
     journal = Journal(output, first_step) if here.is_first else None
 
-    def held_out() -> dict:
+    def held_out() -> dict:  # the loss of answers, also with --train_on_prompt
         if task.data.test is None:
             return {}
         metrics, _ = evaluate(model, task.data.test, here, settings.batch_size, settings.eval_limit, task.words)
@@ -439,7 +439,7 @@ def _announce(
     if here.is_first:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         data = {"train": len(train), "test": len(test) if test else 0, "truncated": int(train.was_cut.sum()),
-                "bad_rows": train.bad_rows + (test.bad_rows if test and not task.data.held_out else 0),
+                "bad_rows": task.data.bad_row_count,
                 "held_out": task.data.held_out, "imbalance": round(imbalance, 5)}
         about = {"settings": resolved, "examples": data, "versions": versions}
         (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -449,8 +449,8 @@ def _announce(
     say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
     if task.data.source.bundled_sample:
         say(BUNDLED_SAMPLE)
-    if train.bad_rows:
-        say(f"{train.bad_rows} bad rows were left out, the first: {train.bad[0]}")
+    if task.data.bad_row_count:
+        say(f"{task.data.bad_row_count} bad rows were left out, the first: {task.data.bad_rows[0]}")
     say(f"{len(train)} examples of {train.lengths.mean():.0f} tokens, {train.was_cut.mean():.1%} of them cut; the rank "
         f"with the most tokens has {imbalance:.2%} more than the mean")
 

@@ -266,7 +266,7 @@ class Settings(CheckedSettings):
     model: str = setting(help="the base: a Hugging Face folder, or a hub id")
     adapter: str = setting(help="folder with adapter_config.json and adapter_model.safetensors")
     output: str = setting(help="the Hugging Face folder to write")
-    quantized: str = setting("none", "what the adapter's base was rounded to in training", choices=("none", *KINDS))
+    quantize: str = setting("none", "what the adapter's base was rounded to in training", choices=("none", *KINDS))
     dtype: str = setting("bfloat16", "of the weights written", choices=("bfloat16", "float16", "float32"))
 
 
@@ -279,7 +279,7 @@ def main() -> None:
         model = build(config, here, torch.float32, adapt=lambda model: apply(model, adapter))
         pretrained.load(model, folder)
         load(model, settings.adapter)
-        merge(model, None if settings.quantized == "none" else settings.quantized)
+        merge(model, None if settings.quantize == "none" else settings.quantize)
         pretrained.export(model, Path(settings.output), config_json, tokenizer.files, getattr(torch, settings.dtype))
         if here.is_first:
             print(f"{settings.output}: {settings.model} with {settings.adapter} folded in")

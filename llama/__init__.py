@@ -13,8 +13,8 @@
     rows        JSONL and Parquet, one row after the other; what is wrong with one is told beside it
     templates   a row as segments of text: prompt and answer, from a text with {fields}
     chat        a conversation as segments: four layouts
-    encoding    segments -> ids and labels, kept in a memory-mapped file
     cache       folders that are made once per content, whole or not at all
+    encoding    segments -> ids and labels, kept in memory-mapped files
     slices      safetensors files in which each rank reads and writes only its own part
     pretrained  Hugging Face folder <-> model, through slices
     batches     which examples when, on which rank, packed how

@@ -19,7 +19,7 @@ ROUND_TO = 64
 
 
 class Examples(Protocol):
-    """What a batch is made from: `data.EncodedData`, or anything like it."""
+    """What a batch is made from: `encoding.EncodedData`, or anything like it."""
 
     lengths: np.ndarray
 
@@ -32,7 +32,7 @@ class Examples(Protocol):
 class Batch:
     """Whole examples packed into one stream.
 
-    tokens (T); rows (R): where an answer token comes next; targets (R): that token. documents: the attention context,
+    tokens (T); rows (R): where a label comes next; targets (R): that token. documents: the attention context,
     which also has the positions. `example_tokens` does not count the round-up at the end, which is a document of its
     own without labels.
     """
@@ -47,7 +47,7 @@ class Batch:
 
 
 def pack(data: Examples, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-    """Lay examples end to end. An example's first token is never a label: nothing before it could predict it.
+    """Lay examples end to end. Their first tokens must not be labels: nothing before could predict them.
 
     No index at all gives a stream without labels: a rank with nothing to do still takes part in every collective, and
     contributes exactly 0.
@@ -55,8 +55,8 @@ def pack(data: Examples, indices: Sequence[int], device: torch.device | str = "c
     ids, rows, targets, lengths, labels = [], [], [], [], []
     offset = 0
     for i in indices:
-        tokens, is_answer = data[i]
-        at = np.flatnonzero(is_answer)
+        tokens, is_label = data[i]
+        at = np.flatnonzero(is_label)
         ids.append(tokens)
         rows.append(offset + at - 1)  # the token before predicts this one
         targets.append(tokens[at])
@@ -101,7 +101,7 @@ class Schedule:
         self.per_step = parts if self.packs else parts * batch_size
         self.total = max(1, round(epochs * self.units))
         self.steps = -(-self.total // self.per_step)
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self._order = lru_cache(maxsize=2)(self._epoch_order)  # a step may lie in two epochs
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """The `parts` micro-batches of optimizer step `step` (from 0), each a list of example indices."""
@@ -130,7 +130,8 @@ class Schedule:
         order = chance.permutation(self.units)
         if not self.group_by_length:
             return order
-        head = -epoch * self.units % self.per_step  # of them the last step of the epoch before is still short
+        # The first `head` complete the last step of the epoch before; what begins with a step of its own is grouped.
+        head = -epoch * self.units % self.per_step
         steps = _grouped(order[head:], self.lengths, self.per_step, chance)
         if epoch == 0:  # the longest example at once: memory runs out in the first minute or never
             whole = [i for i, step in enumerate(steps) if len(step) == self.per_step]
@@ -156,9 +157,11 @@ def _grouped(order: np.ndarray, lengths: np.ndarray, size: int, chance: np.rando
 
 
 def fill(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
-    """Packs of whole examples with at most `capacity` tokens each: best fit, the longest examples first.
+    """Packs of whole examples with at most `capacity` tokens each, every example in exactly one.
 
-    Every example is in exactly one pack (C23). Ding et al. 2024, https://arxiv.org/abs/2404.10830
+    Cutting the stream of tokens every `capacity` would waste nothing but tear examples apart; whole ones leave gaps.
+    The longest first, each to the pack with the least room that still holds it, keeps the gaps small. None may be
+    longer than `capacity`. Best-fit decreasing: Ding et al. 2024, https://arxiv.org/abs/2404.10830
     """
     order = np.random.default_rng([seed, 0]).permutation(len(lengths))
     packs: list[list[int]] = []

@@ -88,7 +88,7 @@ def _llama3(turns: list[Turn]) -> Iterator[Segment]:
 
 
 def _llama2(turns: list[Turn]) -> Iterator[Segment]:
-    """As in Meta's llama/generation.py: each exchange is a document of its own, with its own beginning and end."""
+    """As in Meta's llama/generation.py: each exchange has its own BOS and end."""
     system = ""
     for role, content in turns:
         if role == "system":

@@ -1,7 +1,9 @@
 """Segments become ids, once per content: encoded examples lie end to end in a memory-mapped cache on disk.
 
-Each segment is encoded on its own and the ids are joined, so the prompt used at inference is by construction a strict
-prefix of what was trained on. `llama/batches.py` makes packed batches of the examples.
+Why apart: a tokenizer merges letters across any border. Encoded together, the end of a prompt may fuse with the start
+of its answer into a token that the prompt alone, at inference, never ends in. So each segment is encoded on its own
+and the ids are joined: the prompt at inference is by construction a strict prefix of what was trained on. The price is
+that ids may differ from those of the whole string. `llama/batches.py` makes packed batches of the examples.
 """
 
 import json
@@ -11,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -67,33 +70,31 @@ class Encoded(NamedTuple):
 def encode_rows(
     rows: Sequence[Sequence[Segment]], tokenizer: Tokenizer, max_length: int, truncate_side: str, answer_room: int = 0
 ) -> list[Encoded | None]:
-    """Examples of at most max_length tokens; None where no label would be left in that.
+    """Examples of at most max_length tokens; None where they have an answer, but no label of it fits.
 
-    A prompt's segments that may be cut are cut first, at truncate_side; then, where the last answer may be, the end
-    of the whole: what is left of an answer that was cut has no end token behind it. At least `answer_room` tokens are
+    A prompt's segments that may be cut are cut first, at truncate_side; then, if any answer may be cut, the end of the
+    whole, back to the last label: an answer that was cut has no end token behind it. At least `answer_room` tokens are
     kept free for the answer: given the length of the longest one, a prompt is cut alike whatever its answer, and also
     without one, at inference. All texts go to the tokenizer in two batches, which it encodes on all cores.
     """
-    texts: dict[bool, list[str]] = {False: [], True: []}  # by whether they continue a document
+    texts: dict[bool, dict[str, None]] = {False: {}, True: {}}  # by whether they continue a document; each once
     for segments in rows:
         for i, segment in enumerate(segments):
             if not segment.control:
-                texts[i > 0 and not segment.begins].append(segment.text)
-    ids = {
-        continues: dict(zip(unique, tokenizer.encode_batch(unique, continues=continues), strict=True))
-        for continues, unique in ((c, list(dict.fromkeys(t))) for c, t in texts.items())
-    }
+                texts[i > 0 and not segment.begins][segment.text] = None
+    ids = {continues: dict(zip(unique, tokenizer.encode_batch(list(unique), continues=continues), strict=True))
+           for continues, unique in texts.items()}
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def encoded(segment: Segment, first: bool) -> list[int]:
+    def encoded(segment: Segment, begins: bool) -> list[int]:
         if not segment.control:
-            return ids[not first and not segment.begins][segment.text]
+            return ids[not begins][segment.text]
         control = tokenizer.eos_id if segment.text == END else tokenizer.control_id(segment.text)
-        return [*(begin if first else []), control]
+        return [*(begin if begins else []), control]
 
     return [
-        _joined(segments, [encoded(s, i == 0) for i, s in enumerate(segments)], len(begin), max_length, truncate_side,
-                answer_room)
+        _joined(segments, [encoded(s, i == 0 or s.begins) for i, s in enumerate(segments)], len(begin), max_length,
+                truncate_side, answer_room)
         for segments in rows
     ]
 
@@ -129,6 +130,11 @@ def _joined(
     return Encoded(ids, is_answer, was_cut) if True in is_answer or not answers else None
 
 
+# The files of a cache folder: an entry a token, and an entry an example.
+TOKENS = {"tokens": np.int32, "is_answer": np.bool_}
+EXAMPLES = {"stops": np.int64, "label_counts": np.int64, "answers": np.int16, "rows": np.int64, "was_cut": np.bool_}
+
+
 @dataclass(frozen=True)
 class EncodedData:
     """Encoded examples: views of the memory-mapped tokens of a cache folder; only pages in use are in memory.
@@ -146,6 +152,7 @@ class EncodedData:
     answers: np.ndarray
     rows: np.ndarray
     was_cut: np.ndarray
+    crc: int  # of all tokens and labels
     bad_rows: int
     bad: list[str]
     with_prompts: bool = False
@@ -162,7 +169,7 @@ class EncodedData:
             arrays[name] = np.memmap(folder / name, dtype, "r", shape=shape) if shape[0] else np.empty(0, dtype)
         stops = arrays.pop("stops")
         starts = np.concatenate([[0], stops])[:-1]
-        return cls(starts=starts, stops=stops, **arrays, bad_rows=about["bad_rows"],
+        return cls(starts=starts, stops=stops, **arrays, crc=about["tokens_crc"] ^ about["is_answer_crc"], bad_rows=about["bad_rows"],
                    bad=[f"{path}{line}" for line in about["bad"]])
 
     def subset(self, chosen: np.ndarray) -> "EncodedData":
@@ -176,11 +183,9 @@ class EncodedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells any two different sets of encoded examples apart."""
-        crc = int(self.with_prompts)
-        for array in (self.tokens, self.is_answer, self.starts, self.stops):
-            crc = zlib.crc32(np.ascontiguousarray(array), crc)
-        return f"{crc:08x}"
+        """CRC-32 of the tokens, which of them are labels, and the order of the examples."""
+        crc = zlib.crc32(np.ascontiguousarray(self.starts), self.crc + self.with_prompts)
+        return f"{zlib.crc32(np.ascontiguousarray(self.stops), crc):08x}"
 
     @cached_property  # asked for several times a step
     def lengths(self) -> np.ndarray:
@@ -198,22 +203,18 @@ class EncodedData:
         return self.tokens[part], np.arange(self.lengths[i]) > 0
 
 
-TOKENS = {"tokens": np.int32, "is_answer": np.bool_}
-EXAMPLES = {"stops": np.int64, "label_counts": np.int64, "answers": np.int16, "rows": np.int64, "was_cut": np.bool_}
-
-
 def encode_file(
     path: Path, template: Renderer, tokenizer: Tokenizer, max_length: int, truncate_side: str = "right",
     category: str | None = None, skip_bad_rows: bool = False, quiet: bool = False,
 ) -> EncodedData:
     """Encode the rows of a file (of one `category`, where given), or reuse the cache of an earlier time.
 
-    The cache is keyed by content: of the data, of the tokenizer's files, of this code, and the settings. Raises
-    BadRows when rows cannot be used, unless they are to be skipped, and DataError when the whole file cannot.
+    The cache is keyed by content: of the data, of the tokenizer's files, of this code and its libraries, the settings.
+    Raises BadRows when rows cannot be used, unless they are to be skipped, and DataError when the whole file cannot.
     """
     code = [Path(module.__file__) for module in (llama.chat, llama.rows, llama.templates, llama.tokenizer)]
     key = [digest([path, *tokenizer.files, Path(__file__), *code]), path.suffix, template.name, template.source,
-           max_length, truncate_side, category]
+           max_length, truncate_side, category, version("sentencepiece"), version("tokenizers")]
 
     def make(folder: Path) -> None:
         with tqdm(desc=f"encoding {path.name}", unit=" rows", disable=quiet, leave=False) as progress:
@@ -282,7 +283,7 @@ def _encode_into(
 ) -> None:
     """Append what rows become to the files of `folder`; nothing of the size of the data is kept in memory."""
     answer_room = max(map(len, tokenizer.encode_batch(list(answers), continues=True)), default=0)
-    bad, about = [], dict.fromkeys(("examples", "tokens", "bad_rows"), 0)
+    bad, about = [], dict.fromkeys(("examples", "tokens", "bad_rows", "tokens_crc", "is_answer_crc"), 0)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKENS | EXAMPLES}
         for batch in _batches(rows):
@@ -303,17 +304,20 @@ def _encode_into(
 
 def _append(files: dict[str, BinaryIO], pairs: list[tuple[Rendered, Encoded]], about: dict[str, int]) -> None:
     examples = [example for _, example in pairs]
+    lengths = [len(example.ids) for example in examples]
     values = {
         "tokens": chain.from_iterable(example.ids for example in examples),
         "is_answer": chain.from_iterable(example.is_answer for example in examples),
-        "stops": accumulate((len(example.ids) for example in examples), initial=about["tokens"]),
+        "stops": about["tokens"] + np.cumsum(lengths, dtype=np.int64),
         "label_counts": (sum(example.is_answer) for example in examples),
         "answers": (row.answer for row, _ in pairs),
         "rows": (row.number for row, _ in pairs),
         "was_cut": (example.was_cut for example in examples),
     }
-    next(values["stops"])  # where the first of them starts
     for name, dtype in (TOKENS | EXAMPLES).items():
-        files[name].write(np.fromiter(values[name], dtype).data)  # tofile would not tell of a full disk
+        array = np.fromiter(values[name], dtype)
+        files[name].write(array.data)  # tofile would not tell of a full disk
+        if name in TOKENS:
+            about[f"{name}_crc"] = zlib.crc32(array, about[f"{name}_crc"])
     about["examples"] += len(pairs)
-    about["tokens"] += sum(len(example.ids) for example in examples)
+    about["tokens"] += sum(lengths)

@@ -20,8 +20,8 @@ class DataError(UserError):
 def read(path: Path) -> Iterator[tuple[int, dict | DataError]]:
     """(number from 1, row) of a .jsonl, .jsonl.gz or .parquet file; in place of a bad row, what is wrong with it.
 
-    Nothing but the row at hand is in memory (of Parquet: a few hundred rows), whatever the file's size. Raises
-    DataError for a file that is damaged as a whole: how many of its rows are lost, nobody can tell.
+    An empty line is a bad row. Nothing but the row at hand is in memory (of Parquet: a few hundred rows), whatever the
+    file's size. Raises DataError for a file that is damaged as a whole: nobody can tell how many rows it lacks.
     """
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
@@ -79,7 +79,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except DataError:
+    except DataError:  # is a ValueError, too
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]

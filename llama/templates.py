@@ -19,9 +19,10 @@ A template is a text with fields in braces:
 
 [[ ]] around the answer: its tokens are the labels, and after it comes the end-of-text token, a label too.
 {field...} may be shortened when an example is too long; else only the end of the answer is.
-{field=bad,good} is one of a few words, chosen by the row's number from 0 (or by the word itself); no end follows it.
+{field=bad,good} is one of a few words: the field holds its index from 0, or the word. No end token follows it.
 {field.0} is the first element of a list. {{ and }} are braces.
-===== on a line of its own separates alternatives: a row gets the first one of which it fills every field.
+===== on a line of its own separates alternatives, the one that asks for least last: a row gets the first one of which
+it fills every field.
 
 Fields are put in as they are: braces, brackets and control tokens in a row's own text are text.
 """
@@ -41,7 +42,7 @@ class Segment:
     """A piece of text that is encoded on its own, so that its borders are token borders whatever it says.
 
     Loss falls on an `answer`. `may_cut`: of a prompt any part, of an answer its end. A `control` segment is the one
-    token of that name. One that `begins` is encoded as the beginning of a document, BOS included, as is the first.
+    token of that name. The first, and one that `begins`, is encoded as the beginning of a document, BOS included.
     """
 
     text: str
@@ -59,7 +60,7 @@ class Field(NamedTuple):
 
     @property
     def type(self) -> str:
-        return "int" if self.words else "str" if self.element is None else "list of str"
+        return "int or word" if self.words else "str" if self.element is None else "list of str"
 
 
 @dataclass

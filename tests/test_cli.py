@@ -134,7 +134,7 @@ TRAINING_FLAGS = DATA_FLAGS + """
     dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
     output eval_every eval_limit save_every keep_checkpoints resume log_every
 """
-MERGING_FLAGS = "model adapter output quantized dtype"
+MERGING_FLAGS = "model adapter output quantize dtype"
 EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"
 
 

@@ -105,6 +105,34 @@ def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
     assert (clone / "runs/imdb-SmolLM2-135M-Instruct/model/config.json").exists()
 
 
+def test_the_command_that_shows_data_prints_what_the_readme_shows(clone):
+    [command] = [c for c in COMMANDS if "data.py" in c]
+    said = run(command, clone)
+    assert re.search(r"#### Answer:\[\[ (positive|negative)\]\]", said) and "negative: 3000 (50.0%)" in said
+    assert (clone / "runs/imdb_sample-shown/lengths.png").exists()
+
+
+def test_the_template_of_the_readme_renders_a_row(clone):
+    from llama.templates import Template
+
+    [source] = re.findall(r"```\n(Translate.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    segments, _ = Template("french.txt", source).render({"english": "Hello", "french": "Bonjour"}, "")
+    assert "".join(s.text for s in segments) == "Translate to French: Hello\nFrench: Bonjour"
+
+
+def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trained, clone):
+    """Their 7B is the tiny model here, and Alpaca a few hundred made-up instructions."""
+    [command] = [c for c in TRAINER if "--lora_rank" in c]
+    rows = [{"instruction": f"Say {i}.", "input": "" if i % 3 else "twice", "output": f"{i} {i}"} for i in range(300)]
+    (clone / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(command.replace("huggyllama/llama-7b", "runs/imdb-tiny/model") + " --data_dir alpaca.jsonl", clone)
+    about = json.loads((clone / "runs/alpaca-model/adapter/adapter_config.json").read_text())
+    assert about["r"] == 8 and about["target_modules"] == ["q_proj", "v_proj"]
+    [merging] = [c for c in COMMANDS if "lora.py" in c]
+    run(merging.replace("--model DIR", "--model runs/imdb-tiny/model").replace("alpaca-DIR", "alpaca-model"), clone)
+    assert (clone / "merged/model.safetensors").exists()
+
+
 def test_the_command_for_two_nodes_joins_them(trained, clone):
     """Two launchers on this machine stand for two nodes: one process each instead of eight."""
     [command] = [c for c in TRAINER if "--nnodes" in c]

@@ -91,7 +91,7 @@ def test_an_answer_of_a_few_words_is_chosen_by_number_or_by_the_word_itself(valu
     assert template.render({"text": "T", "label": value}, "here") == (
         [Segment("T"), Segment(f": {word}.", answer=True)], index)
     assert template.answers == (": bad.", ": good.", ": so so.") and template.fields == {"text", "label"}
-    assert template.expected == "{text: str, label: int}"
+    assert template.expected == "{text: str, label: int or word}"
 
 
 def test_an_element_of_a_list_is_taken_by_its_number():
@@ -219,7 +219,7 @@ MISFITS = [
     (CHOICE, {"a": "A", "z": "1"}, "z is '1', expected 0 (no) or 1 (yes)"),
     (CHOICE, {"a": "A", "z": "y\n" * 999}, "z is 'y\\ny"),
     (CHOICE, {"a": "A", "z": 10**60}, "expected 0 (no) or 1 (yes)"),
-    (CHOICE, {"a": "A", "z": True}, "found fields {'a': str, 'z': bool}, expected {a: str, z: int}"),
+    (CHOICE, {"a": "A", "z": True}, "found fields {'a': str, 'z': bool}, expected {a: str, z: int or word}"),
     (CHOICE, {"a": "A", "z": 1.0}, "found fields {'a': str, 'z': float}, expected"),
     (CHOICE, {"a": "A", "z": ["no"]}, "found fields {'a': str, 'z': list}, expected"),
     (CHOICE, {"a": "A", "z": None}, "found fields {'a': str, 'z': NoneType}, expected"),

@@ -1,0 +1,437 @@
+"""Runs with adapters, packed bases, 8-bit moments, frozen layers: equal on any ranks, resumed, evaluated, refused."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+
+import evaluate
+import fsdp_train
+from llama import checkpoint, pretrained
+from llama.cli import parse
+from llama.config import ModelConfig
+from llama.errors import UserError
+from llama.model import Llama
+from llama.optim import build_adamw
+from llama.packed import PackedDocuments
+from llama.parallel import Ranks, build
+
+TOKENIZER = Path(fsdp_train.__file__).parent / "assets" / "tiny" / "tokenizer.model"
+CONFIG = ModelConfig(vocab_size=1280, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+                     initializer_range=0.1)
+CONFIGS = {"untied": CONFIG, "tied": replace(CONFIG, tie_word_embeddings=True),
+           "narrow": replace(CONFIG, intermediate_size=96)}
+WORDS = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Pretrained folders in bf16, as an export is by default."""
+    made = {}
+    for name, config in CONFIGS.items():
+        model = Llama(config)
+        pretrained.initialize(model, seed=0)
+        made[name] = tmp_path_factory.mktemp("folders") / name
+        pretrained.export(model, made[name], config.to_dict(), [TOKENIZER])
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Reviews of very different lengths, so that ranks never hold equal numbers of tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        rows = [{"text": " ".join(WORDS[i % 2][j % 3] for j in range(1 + (7 * i) % 41)), "label": i % 2}
+                for i in range(24)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("llama-cache")
+        patched.setenv("LLAMA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def run(ranks, folders, data, cache, tmp_path):
+    """run(2, "out", die_in_step, lora_rank=4, ...): a run on so many ranks, 8 examples a step; its folder."""
+
+    def run(size: int, name: str, die_in_step: int | None = None, model: str = "untied", **changes) -> Path:
+        ranks(size, in_workers, cache, settings(folders[model], data, tmp_path / name, size, **changes), die_in_step)
+        return tmp_path / name
+
+    return run
+
+
+def settings(model: Path, data: Path, output: Path, size: int = 1, **changes) -> fsdp_train.Settings:
+    """Of 3 steps an epoch, 4 in all."""
+    base = dict(model=str(model), data=str(data), output=str(output), epochs=2.0, batch_size=8 // size, max_length=192,
+                max_steps=4, dtype="float32", eval_limit=8, learning_rate=1e-2)
+    return fsdp_train.Settings(**(base | changes)).with_recipe(size)
+
+
+def here() -> Ranks:
+    world = dist.get_world_size()
+    return Ranks(dist.get_rank(), world, torch.device("cpu"), init_device_mesh("cpu", (world,),
+                                                                               mesh_dim_names=("shard",)))
+
+
+def in_workers(cache: Path, chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:
+    """`fsdp_train.main` in a test worker's own process group; optionally dies like a crash would, mid-run."""
+    os.environ["LLAMA_CACHE"] = str(cache)
+    real, draw, calls = fsdp_train.train_step, fsdp_train.draw_loss_curve, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == die_in_step:
+            raise ConnectionError("pulled the plug")
+        return real(*args)
+
+    fsdp_train.train_step, fsdp_train.draw_loss_curve = dying, lambda *_: None  # a third of a short run's time
+    try:
+        fsdp_train.train(chosen, fsdp_train.prepare(chosen), here())
+    except ConnectionError:
+        assert die_in_step
+    finally:
+        fsdp_train.train_step, fsdp_train.draw_loss_curve = real, draw
+
+
+def lines_of(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for line in lines if "loss" in line]
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(output)]
+
+
+def summary_of(output: Path) -> dict:
+    return json.loads((output / "summary.json").read_text())
+
+
+def final_state(output: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.published(output / "checkpoints")[-1]
+    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("sizes, changes, tolerance", [
+    ((1, 2, 4), {}, 1e-5), ((1, 2), {"lora_variant": "dora", "model": "tied"}, 1e-5),
+    ((1, 2, 4), {"quantize": "int8"}, 1e-4), ((1, 2, 4), {"quantize": "nf4"}, 1e-4),
+], ids=str)
+def test_a_run_with_an_adapter_is_the_same_on_any_number_of_ranks(run, sizes, changes, tolerance):
+    """C35, C2: one loss curve, one adapter at its end; all of it learns, and only it is kept."""
+    outs = {size: run(size, f"out{size}", **LORA | changes) for size in sizes}
+    expected = losses_of(outs[1])
+    assert len(expected) == 4 and summary_of(outs[1])["after"]["loss"] < summary_of(outs[1])["before"]["loss"] - 0.05
+    for size, out in outs.items():
+        assert losses_of(out) == pytest.approx(expected, abs=tolerance)
+        assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json",
+                                                                      "adapter_model.safetensors"]
+        assert not (out / "model").exists() and size == json.loads((out / "run.json").read_text())["settings"]["ranks"]
+        state = final_state(out)
+        assert state and all(".lora_" in name for name in state)
+        stored = load_file(out / "adapter/adapter_model.safetensors")
+        assert all(value.any() for name, value in stored.items() if "lora_B" in name)
+        kept = {name.removesuffix(".weight").removesuffix("_vector"): value for name, value in state.items()
+                if ".exp_avg" not in name}
+        adapter = {name.removeprefix("base_model.model.model.").removesuffix(".weight").removesuffix("_vector"): value
+                   for name, value in stored.items()}
+        assert same(kept, adapter)
+
+
+def test_a_packed_base_computes_what_its_values_say_and_not_the_original(run):
+    """C38: the losses of int8 are near those of fp32 and those of nf4 less so; neither is equal."""
+    plain, int8, nf4 = (losses_of(run(1, kind, **LORA, quantize=kind, max_steps=2)) for kind in
+                        ("none", "int8", "nf4"))
+    assert 0 < abs(int8[0] - plain[0]) < abs(nf4[0] - plain[0]) < 0.5
+
+
+def test_dropout_is_another_run_and_evaluation_is_without_it(run):
+    """C39: the losses differ from those without dropout, but not the one before training."""
+    plain, dropped = run(1, "plain", **LORA, max_steps=4), run(1, "dropped", **LORA, lora_dropout=0.5, max_steps=4)
+    assert losses_of(plain)[0] == losses_of(dropped)[0]  # B is zero in the first step
+    assert all(abs(a - b) > 1e-6 for a, b in zip(losses_of(plain)[2:], losses_of(dropped)[2:], strict=True))
+    assert summary_of(plain)["before"] == summary_of(dropped)["before"]
+
+
+CRASHES = {
+    "dropout, int8": {**LORA, "lora_dropout": 0.05, "quantize": "int8"},
+    "dora, nf4, bf16": {**LORA, "lora_variant": "dora", "lora_dropout": 0.05, "quantize": "nf4", "dtype": "bfloat16",
+                        "lora_targets": "q_proj,up_proj"},
+    "adamw8bit": {"optimizer": "adamw8bit", "learning_rate": 1e-3},
+    "frozen, bf16": {"train_layers": "last:1,norm", "learning_rate": 1e-3, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("case", CRASHES)
+def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(run, case):
+    """C48, R1, R25: losses, what was trained, and the moments; dropout is drawn as a function of the step."""
+    whole = run(2, "whole", **CRASHES[case])
+    out = run(2, "crashed", 4, save_every=2, **CRASHES[case])
+    assert not any((out / result).exists() for result in ("adapter", "model"))
+    assert [p.name for p in checkpoint.published(out / "checkpoints")] == ["step-000002"]
+    run(2, "crashed", save_every=2, resume=True, **CRASHES[case])
+    assert lines_of(out) == lines_of(whole) and len(lines_of(out)) == 4
+    assert same(final_state(out), final_state(whole))
+    assert summary_of(out)["after"] == summary_of(whole)["after"]
+    for result in ("adapter/adapter_model", "model/model"):
+        path = f"{result}.safetensors"
+        there = ("lora_rank" in CRASHES[case]) == (result == "adapter/adapter_model")
+        assert (out / path).exists() == (whole / path).exists() == there
+        if (out / path).exists():
+            assert same(load_file(out / path), load_file(whole / path))
+
+
+def test_a_run_with_an_adapter_resumes_on_another_number_of_ranks(run):
+    """C48, R6: the same curve to rounding."""
+    expected = losses_of(run(1, "whole", **LORA))
+    run(4, "moved", 4, save_every=2, **LORA)
+    assert losses_of(run(2, "moved", save_every=2, resume=True, **LORA)) == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_finished_run_says_so_and_other_settings_of_an_adapter_are_refused_by_name(ranks, run, folders, data, cache):
+    """R7: each setting that a resumed run must share."""
+    out = run(1, "out", **LORA, max_steps=1)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    resumed = partial(settings, folders["untied"], data, out, max_steps=1, resume=True)
+    assert ranks(1, refused, cache, resumed(**LORA)) == [""]
+    for changes in (LORA | {"lora_rank": 8}, LORA | {"lora_alpha": 16.0}, LORA | {"lora_dropout": 0.1},
+                    LORA | {"lora_targets": "q_proj"}, LORA | {"lora_variant": "rslora"}, LORA | {"quantize": "int8"},
+                    LORA | {"optimizer": "adamw8bit"}, {}, {"train_layers": "last:1"}):
+        told, = ranks(1, refused, cache, resumed(**changes))
+        name = next((n for n in ("quantize", "optimizer", "train_layers") if n in changes), "lora")
+        assert "made with other settings" in told and f"{name} was " in told and "\n" not in told, changes
+    assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def refused(cache: Path, chosen: fsdp_train.Settings) -> str:
+    try:
+        in_workers(cache, chosen)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("changes", [{"lora_variant": "dora", "quantize": "nf4"}, {"lora_targets": "1.mlp.up_proj"}],
+                         ids=str)
+def test_evaluate_and_a_continued_run_begin_where_the_adapter_ended(
+    run, folders, data, tmp_path, monkeypatch, capsys, changes
+):
+    """C51, C37: evaluate.py --adapter gives the run's last loss, and --adapter's first loss is that, too."""
+    first = run(2, "first", **LORA | changes)
+    kind, after = changes.get("quantize", "none"), summary_of(first)["after"]
+    told = {}
+    for name, flags in (("with", ["--adapter", first / "adapter"]), ("without", [])):
+        status, out, err = command(evaluate, monkeypatch, capsys, "--model", folders["untied"], "--data", data,
+                                   "--limit", 8, "--max_length", 192, "--dtype", "float32", "--quantize", kind, *flags)
+        assert status == 0, err
+        told[name] = json.loads(out)
+    assert told["with"]["loss"] == pytest.approx(after["loss"], abs=1e-5) and told["with"]["n"] == 8
+    assert told["with"]["accuracy"] == after["accuracy"]
+    assert told["with"]["adapter"] == str(first / "adapter") and told["with"]["quantize"] == kind
+    assert told["without"]["loss"] == pytest.approx(summary_of(first)["before"]["loss"], abs=1e-5)
+
+    second = run(1, "second", adapter=str(first / "adapter"), quantize=kind)
+    assert summary_of(second)["before"]["loss"] == pytest.approx(after["loss"], abs=1e-5)
+    assert summary_of(second)["after"]["loss"] < after["loss"]
+    configs = [json.loads((out / "adapter/adapter_config.json").read_text()) for out in (first, second)]
+    assert configs[0] == configs[1] and configs[0]["r"] == 4
+    assert not same(*(load_file(out / "adapter/adapter_model.safetensors") for out in (first, second)))
+
+
+def command(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """A script in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    status = 0
+    try:
+        module.run(module.main)
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# Frozen layers
+
+PARTS = {
+    "last:1": ("layers.1.",),
+    "last:2": ("layers.0.", "layers.1."),
+    "norm": ("norm.",),
+    "last:1,norm": ("layers.1.", "norm."),
+    "lm_head": ("lm_head.",),
+    "embed_tokens": ("embed_tokens.",),
+    "norm,lm_head": ("norm.", "lm_head."),
+}
+
+
+def step_of(folder: Path, parts: str, dtype: torch.dtype, **options) -> dict:
+    """After one step: who has a gradient, who has moments, and where autograd began."""
+    model = build(ModelConfig.from_folder(folder), here(), dtype,
+                  adapt=lambda model: fsdp_train.train_only(model, parts.split(",")), **options)
+    pretrained.load(model, folder)
+    asks = {}
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda _, inputs, i=i: asks.update({i: inputs[0].requires_grad}))
+        layer.register_forward_hook(lambda _, inputs, y, i=i: asks.update({f"{i} out": y.requires_grad}))
+    optimizer, parameters = build_adamw(model, 1e-3, 0.0), dict(model.named_parameters())
+    tokens = torch.randint(1280, (33,), generator=torch.Generator().manual_seed(dist.get_rank()))
+    documents = PackedDocuments([32])
+    model(tokens[:-1], documents.positions, documents, torch.arange(32), tokens[1:]).backward()
+    optimizer.step()
+    return {
+        "gradients": {name for name, p in parameters.items() if p.grad is not None},
+        "trainable": {name for name, p in parameters.items() if p.requires_grad},
+        "fp32": {name for name, p in parameters.items() if p.dtype == torch.float32},
+        "moments": {name for name, p in parameters.items() if p in optimizer.state},
+        "moved": all(bool(p.grad.to_local().any()) for p in parameters.values() if p.grad is not None),
+        "asks": asks,
+    }
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_frozen_has_no_gradient_and_no_moments_and_below_it_autograd_does_nothing(
+    ranks, folders, world, parts
+):
+    """C35, C7: the input of the lowest trained layer asks for no gradient; bf16 is kept of what is frozen alone."""
+    for found in ranks(world, step_of, folders["untied"], parts, torch.bfloat16):
+        names = {name for name, _ in Llama(CONFIG).named_parameters() if name.startswith(PARTS[parts])}
+        assert names and found["gradients"] == found["trainable"] == found["moments"] == found["fp32"] == names
+        assert found["moved"]
+        lowest = min(0 if "embed" in p else int(p[7]) if p.startswith("layers") else 2 for p in PARTS[parts])
+        for layer in range(2):
+            assert found["asks"][layer] == (layer > lowest or "embed_tokens" in parts)
+            assert found["asks"][f"{layer} out"] == (layer >= lowest)
+
+
+@pytest.mark.parametrize("size, parts", [(1, "last:1"), (2, "norm"), (2, "last:1,norm")])
+def test_frozen_weights_are_exported_as_they_were(run, folders, size, parts):
+    """C35: bit for bit; the rest has moved, and a checkpoint holds nothing else."""
+    out = run(size, "out", train_layers=parts, max_steps=3)
+    before, after = (load_file(path / "model.safetensors") for path in (folders["untied"], out / "model"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {name for name in before if name.removeprefix("model.").startswith(PARTS[parts])}
+    assert before.keys() == after.keys() and moved == expected and not (out / "adapter").exists()
+    kept = load_file(checkpoint.published(out / "checkpoints")[-1] / "model.safetensors")
+    assert {f"model.{name}" for name in kept} == expected
+    assert {f"model.{name.rpartition('.')[0]}" for name in final_state(out) if ".exp_avg" in name} == expected
+    assert summary_of(out)["after"]["loss"] < summary_of(out)["before"]["loss"]
+
+
+def test_frozen_runs_are_the_same_on_any_number_of_ranks(run):
+    """C2: to fp32 rounding."""
+    expected = losses_of(run(1, "out1", train_layers="last:1,norm"))
+    assert losses_of(run(4, "out4", train_layers="last:1,norm")) == pytest.approx(expected, abs=1e-4)
+
+
+def test_both_ends_of_a_tied_matrix_are_trained_or_neither(run, folders, data):
+    """C31: one alone is refused, both are one matrix that is trained once."""
+    for part in ("lm_head", "embed_tokens", "last:1,lm_head"):
+        assert_refused(settings(folders["tied"], data, Path("nowhere"), train_layers=part),
+                       f"--train_layers {part.split(',')[-1]}: lm_head and embed_tokens are one matrix")
+    out = run(2, "out", model="tied", train_layers="lm_head,embed_tokens", max_steps=2)
+    before, after = (load_file(path / "model.safetensors") for path in (folders["tied"], out / "model"))
+    assert [name for name in after if not torch.equal(after[name], before[name])] == ["model.embed_tokens.weight"]
+
+
+# Mistakes
+
+
+def assert_refused(chosen: fsdp_train.Settings, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        fsdp_train.prepare(chosen)
+    assert expected in str(error.value) and "\n" not in str(error.value), error.value
+
+
+CONTRADICTIONS = [
+    ({"lora_rank": -1}, "--lora_rank -1: expected 0 or more"),
+    ({"lora_rank": 4, "adapter": "a"}, "--lora_rank 4: expected 0 with --adapter"),
+    ({"lora_rank": 4, "model": "tiny"}, "--lora_rank 4: expected 0 with --model tiny"),
+    ({"adapter": "a", "model": "tiny"}, "--adapter a: expected a pretrained --model"),
+    *(({"lora_rank": 4, "lora_alpha": alpha}, f"--lora_alpha {alpha}: expected more than 0")
+      for alpha in (0.0, -1.0, float("inf"), float("nan"))),
+    *(({"lora_rank": 4, "lora_dropout": part}, f"--lora_dropout {part}: expected 0 to 1, without 1")
+      for part in (1.0, -0.1, float("nan"))),
+    ({"quantize": "int8"}, "--quantize int8: expected --lora_rank or --adapter"),
+    ({"quantize": "nf4", "train_layers": "last:1"}, "--quantize nf4: expected --lora_rank or --adapter"),
+    ({"quantize": "nf4", "model": "tiny"}, "--quantize nf4: expected --lora_rank or --adapter"),
+    ({"train_layers": "last:1", "lora_rank": 4}, "--train_layers last:1: expected all with an adapter"),
+    ({"train_layers": "norm", "adapter": "a"}, "--train_layers norm: expected all with an adapter"),
+    *(({"train_layers": parts}, f"--train_layers {parts}: expected all, or last:N and any of norm")
+      for parts in ("last:0", "last:", "last:-1", "last:x", "last", "", "norms", "all,norm", "norm,", "norm, lm_head",
+                    "last:1;norm", "layers.1")),
+]
+
+
+@pytest.mark.parametrize("given, expected", CONTRADICTIONS, ids=[str(given) for given, _ in CONTRADICTIONS])
+def test_flags_that_contradict_each_other_are_one_line_that_names_them(given, expected):
+    """R15-like: before anything is read."""
+    with pytest.raises(UserError) as error:
+        fsdp_train.Settings(data="imdb", **({"model": "a folder"} | given))
+    assert f"fsdp_train.py: {expected}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_several_contradictions_are_told_at_once():
+    """One line still."""
+    with pytest.raises(UserError) as error:
+        fsdp_train.Settings(data="imdb", model="tiny", lora_rank=4, train_layers="norm", lora_dropout=2.0)
+    told = str(error.value)
+    assert all(flag in told for flag in ("--lora_rank 4", "--train_layers norm", "--lora_dropout 2.0"))
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("lora_variant", "vera"), ("quantize", "fp4"), ("optimizer", "adam"), ("lora_rank", "four"), ("lora_rank", "1.5"),
+    ("lora_alpha", "much"),
+])
+def test_a_choice_that_there_is_not_is_one_line_that_names_the_flag(flag, value):
+    """R18: as for every other flag."""
+    with pytest.raises(UserError, match=rf"--{flag}.*{value}") as error:
+        parse(fsdp_train.Settings, ["--data", "imdb", "--model", "m", f"--{flag}", value])
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_a_folder_is_made(folders, data, tmp_path):
+    """R18: layers, widths and names that it has not; an adapter that is none, or another model's."""
+    made = partial(settings, data=data, output=tmp_path / "out")
+    refusals = [
+        (made(folders["untied"], train_layers="last:3"), "--train_layers last:3: the model has 2 layers"),
+        (made(folders["untied"], **LORA, lora_targets="q_proj,qkv_proj"), "--lora_targets qkv_proj: no such linear"),
+        (made(folders["untied"], **LORA, lora_targets=""), "--lora_targets : no such linear"),
+        (made(folders["narrow"], **LORA, quantize="nf4"), "down_proj has 96 columns, expected a multiple of 64"),
+        (made(folders["untied"], adapter=str(tmp_path / "nowhere")), "adapter_config.json: No such file or directory"),
+    ]
+    for chosen, expected in refusals:
+        assert_refused(chosen, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_on_every_rank(ranks, run, folders, data, cache, tmp_path):
+    """R18, C37: the shapes are told; nothing of it is trained on."""
+    out = run(1, "out", **LORA, max_steps=1)
+    shutil.copytree(out / "adapter", tmp_path / "adapter")
+    chosen = settings(folders["narrow"], data, tmp_path / "other", 2, adapter=str(tmp_path / "adapter"))
+    for told in ranks(2, refused, cache, chosen):
+        assert "is F32 [128, 4], expected F32 [96, 4]" in told and "\n" not in told
+    assert not list((tmp_path / "other").glob("checkpoints/*")) and not (tmp_path / "other/adapter").exists()
