@@ -116,6 +116,8 @@ class Settings(DataSettings):
              not (self.lora_rank and self.model == "tiny")),
             ("lora_alpha", "more than 0", 0 < self.lora_alpha < math.inf),
             ("lora_dropout", "0 to 1, without 1", 0 <= self.lora_dropout < 1),
+            *((name, "--lora_rank with it", bool(self.lora_rank) or getattr(self, name) == getattr(type(self), name))
+              for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_variant")),
             ("adapter", "a pretrained --model", not (self.adapter and self.model == "tiny")),
             ("quantize", "--lora_rank or --adapter: what is packed cannot be trained",
              self.quantize == "none" or self.has_adapter),
@@ -246,7 +248,8 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     binding |= {"steps": steps, "global_batch": schedule.per_step, "dtype": str(dtype), "data": settings.data,
                 "template": task.data.template.name, "fingerprint": data.fingerprint,
                 "bundled_sample": task.data.source.bundled_sample,
-                "lora": asdict(task.adapter) if task.adapter else None}
+                # As it reads back from JSON, where there are no tuples.
+                "lora": json.loads(json.dumps(asdict(task.adapter))) if task.adapter else None}
     _agree(binding, here)
     first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
     if saved:

@@ -85,8 +85,10 @@ class LoRALinear(nn.Linear):
         if self.lora_magnitude_vector is None:
             return y
         magnitude = self.lora_magnitude_vector.weight
-        ratio = magnitude / self.row_norms().to(magnitude.dtype)  # rounded alike: exactly 1 at the start
-        return y * ratio if self.bias is None else (y - self.bias) * ratio + self.bias
+        norms = self.row_norms().to(magnitude.dtype)  # rounded as m is: the ratio is exactly 1 at the start
+        nothing = norms == 0  # a row of zeros has no length to learn
+        ratio = (magnitude + nothing) / (norms + nothing)
+        return y * ratio if self.bias is None else y + (ratio - 1) * (y - self.bias)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -114,7 +116,7 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
     linears = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
     chosen = set()
     for target in adapter.targets:
-        found = [name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")]
+        found = [name for name in linears if target == ALL_LINEAR or f".model.layers.{name}".endswith(f".{target}")]
         if not found:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise UserError(f"--lora_targets {target}: no such linear in the decoder layers, expected {ALL_LINEAR} or "
@@ -167,20 +169,27 @@ def merge(model: nn.Module, quantized: str | None = None) -> None:
     """Fold every adapter into its base and take it off: the model computes the same without it. Collective.
 
     W <- W + s B A, and for DoRA its rows scaled to length m. `quantized`: the adapter was trained over a base of this
-    kind, so W is first rounded to what that base was (C38); merged into W itself, it would be another model.
+    kind, so all that `quantize` packs is first rounded as it was there (C38); merged into the weights themselves, it
+    would be another model. Raises UserError where `quantize` would, ValueError for a base that is still packed.
     """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("merge: the base is packed; build it plain, and say what it was in `quantized`")
+    for name, linear in model.layers.named_modules():
+        if quantized and isinstance(linear, nn.Linear) and ".lora_" not in name:
+            kind = KINDS[quantized]
+            kind.check(name, linear)
+            weight = local_slice(linear.weight)[0]
+            weight.copy_(kind.dequantize_rows(*kind.quantize_rows(weight).values(), dtype=torch.float32))
     for linear in adapted(model).values():
         weight = local_slice(linear.weight)[0]
         rows = weight.float()
-        if quantized:
-            kind = KINDS[quantized]
-            rows = kind.dequantize_rows(*kind.quantize_rows(rows).values(), dtype=torch.float32)
         low = linear.lora_A.weight.detach()
         low = low.full_tensor() if isinstance(low, DTensor) else low
         rows = rows + linear.scaling * (local_slice(linear.lora_B.weight)[0].float() @ low.float())
         if linear.lora_magnitude_vector is not None:
             magnitude = local_slice(linear.lora_magnitude_vector.weight)[0].float()
-            rows *= (magnitude / torch.linalg.vector_norm(rows, dim=1))[:, None]
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            rows *= ((magnitude + (norms == 0)) / (norms + (norms == 0)))[:, None]
         weight.copy_(rows)
         linear.__class__ = nn.Linear
         for child in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -190,6 +199,7 @@ def merge(model: nn.Module, quantized: str | None = None) -> None:
 # Files, in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
+LARGEST_RANK = 1 << 16
 
 
 def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
@@ -197,7 +207,9 @@ def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
 
     Raises WeightsError, on every rank, if the name is taken or any rank cannot write.
     """
-    targets = sorted({name.rpartition(".")[2] for name in adapted(model)})
+    targets = list(adapter.targets)
+    if ALL_LINEAR in targets:  # which PEFT would look for anew, in another model
+        targets = sorted({name.rpartition(".")[2] for name in adapted(model)})
     about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": adapter.rank,
         "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout, "target_modules": targets, "bias": "none",
@@ -221,21 +233,25 @@ def read_adapter(folder: str | Path) -> Adapter:
             "dora" if about.get("use_dora") else "rslora" if about.get("use_rslora") else "lora",
             (targets,) if isinstance(targets, str) else tuple(targets))
         numbers = (adapter.rank, adapter.alpha, adapter.dropout)
-        fine = type(adapter.rank) is int and adapter.rank > 0 and all(isinstance(n, int | float) for n in numbers) \
-            and 0 <= adapter.dropout < 1 and math.isfinite(adapter.alpha) and all(isinstance(t, str) for t in targets)
+        fine = type(adapter.rank) is int and 0 < adapter.rank <= LARGEST_RANK and targets
+        fine = fine and all(isinstance(n, int | float) for n in numbers) and all(isinstance(t, str) for t in targets)
+        fine = fine and 0 <= adapter.dropout < 1 and math.isfinite(adapter.alpha)
         if not fine:
             raise ValueError(f"r, lora_alpha, lora_dropout, target_modules: {(*numbers, adapter.targets)}"[:200])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, expected an adapter in PEFT's format") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:200]}, expected the settings of a LoRA") from None
     for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False)):
         if about.get(key, plain) != plain:
             raise UserError(f"{path}: {key} is {about[key]!r:.60}, expected {plain!r}")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules",
-                "target_parameters", "trainable_token_indices"):
+                "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+                "kasa_config", "use_bdlora", "use_qalora"):
         if about.get(key):
             raise UserError(f"{path}: {key} is {str(about[key])[:60]}, expected none: all targets are adapted alike")
+    if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(f"{path}: init_lora_weights is {str(about['init_lora_weights'])[:60]}, which changes the base")
     if about.get("use_dora") and about.get("use_rslora"):
         raise UserError(f"{path}: use_dora and use_rslora together, expected one of them")
     return adapter

@@ -31,7 +31,8 @@ from llama.templates import END, Segment, described
 from llama.tokenizer import Tokenizer
 
 # Rows are tokenized in batches of at most so many, and (but for a single long row) so many characters.
-BATCH_ROWS, BATCH_CHARACTERS = 2000, 4 << 20
+# A million characters take some 100 MB while they are tokenized.
+BATCH_ROWS, BATCH_CHARACTERS = 2000, 1 << 20
 # How many bad rows are shown; all are counted.
 SHOWN = 5
 
@@ -169,8 +170,8 @@ class EncodedData:
             arrays[name] = np.memmap(folder / name, dtype, "r", shape=shape) if shape[0] else np.empty(0, dtype)
         stops = arrays.pop("stops")
         starts = np.concatenate([[0], stops])[:-1]
-        return cls(starts=starts, stops=stops, **arrays, crc=about["tokens_crc"] ^ about["is_answer_crc"], bad_rows=about["bad_rows"],
-                   bad=[f"{path}{line}" for line in about["bad"]])
+        return cls(starts=starts, stops=stops, **arrays, crc=about["tokens_crc"] ^ about["is_answer_crc"],
+                   bad_rows=about["bad_rows"], bad=[f"{path}{line}" for line in about["bad"]])
 
     def subset(self, chosen: np.ndarray) -> "EncodedData":
         """The examples of these indices, in this order."""

@@ -52,6 +52,10 @@ class QuantizedLinear(nn.Linear):
         """The packed tensors in their order -> rows (n, in_features)."""
         raise NotImplementedError
 
+    @staticmethod
+    def check(name: str, linear: nn.Linear) -> None:
+        """Raises UserError for a linear that cannot be packed."""
+
     def packed_weight(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.packed(self.in_features)}
 
@@ -90,7 +94,7 @@ class Int8Linear(QuantizedLinear):
         rows = rows.float()
         scale = rows.abs().amax(1, keepdim=True) / 127
         codes = (rows / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-        return {"weight": codes.to(torch.int8), "weight_scale": scale.view(torch.uint8)}
+        return {"weight": codes.to(torch.int8), "weight_scale": _bytes(scale)}
 
     @staticmethod
     def dequantize_rows(weight, scale, *, dtype):
@@ -99,6 +103,11 @@ class Int8Linear(QuantizedLinear):
 
 class NF4Linear(QuantizedLinear):
     """Two codes a byte, the first of them in the upper four bits, as bitsandbytes packs them."""
+
+    @staticmethod
+    def check(name, linear):
+        if linear.in_features % BLOCK:
+            raise UserError(f"--quantize nf4: {name} has {linear.in_features} columns, expected a multiple of {BLOCK}")
 
     @staticmethod
     def packed(in_features):
@@ -117,7 +126,7 @@ class NF4Linear(QuantizedLinear):
         # A block is only ever nothing if all of it is.
         coarse = coarse.clamp_(min=1).where(absmax > 0, torch.zeros(()))
         return {"weight": codes[:, ::2] << 4 | codes[:, 1::2], "weight_absmax": coarse.to(torch.uint8),
-                "weight_scale": scale.view(torch.uint8)}
+                "weight_scale": _bytes(scale)}
 
     @staticmethod
     def dequantize_rows(weight, absmax, scale, *, dtype):
@@ -135,6 +144,11 @@ def _code_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     return pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
 
 
+def _bytes(scale: Tensor) -> Tensor:
+    """(n, 1) fp32 -> (n, 4) uint8; n may be 0, on a rank that has no row."""
+    return scale.reshape(-1).view(torch.uint8).view(-1, 4)
+
+
 KINDS = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
@@ -146,9 +160,7 @@ def quantize(model: nn.Module, kind: str) -> None:
     for layer in model.layers:
         for name, linear in list(layer.named_modules()):
             if isinstance(linear, nn.Linear):
-                if kind == "nf4" and linear.in_features % BLOCK:
-                    raise UserError(f"--quantize {kind}: {name} has {linear.in_features} columns, expected a multiple "
-                                    f"of {BLOCK}")
+                KINDS[kind].check(name, linear)
                 layer.set_submodule(name, KINDS[kind](linear))
 
 

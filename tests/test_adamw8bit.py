@@ -80,8 +80,9 @@ def test_a_moment_is_rounded_to_the_nearest_code_of_its_blocks_absmax(signed, co
         assert np.array_equal(moment.absmax[:, [start // 256]].numpy(), absmax.astype(np.float32))
         normalised = block / np.where(absmax > 0, absmax, 1)
         distance = np.abs(normalised[..., None] - code)
-        if not signed:  # nothing becomes 0, unless all of the block is
+        if not signed:  # nothing becomes 0, unless all of the block is: it will be divided by
             distance[..., 0] = np.inf
+            assert ((back[:, start : start + 256] > 0) == (absmax > 0)).all()
         nearest = distance.min(-1)
         found = np.abs(code[moment.code[:, start : start + 256].numpy()] - normalised)
         # fp16 keeps 11 bits; below 6e-5 it keeps steps of 6e-8

@@ -386,7 +386,7 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize("given, expected", CONTRADICTIONS, ids=[str(given) for given, _ in CONTRADICTIONS])
 def test_flags_that_contradict_each_other_are_one_line_that_names_them(given, expected):
-    """R15-like: before anything is read."""
+    """Before anything is read."""
     with pytest.raises(UserError) as error:
         fsdp_train.Settings(data="imdb", **({"model": "a folder"} | given))
     assert f"fsdp_train.py: {expected}" in str(error.value) and "\n" not in str(error.value)

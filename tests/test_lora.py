@@ -137,7 +137,7 @@ def test_a_linear_with_an_adapter_is_still_a_linear_and_base_names_do_not_move()
     (("mlp",), None), (("embed_tokens",), None),
 ], ids=str)
 def test_targets_are_ends_of_names_and_one_that_matches_nothing_lists_what_there_is(targets, expected):
-    """C15-like: a name that is misspelt, or not of a linear in the layers, would else train nothing in silence."""
+    """R18: a name that is misspelt, or not of a linear in the layers, would else train nothing in silence."""
     model = Llama(ODD)
     if expected is None:
         with pytest.raises(UserError) as error:
@@ -160,7 +160,7 @@ def test_one_layers_linear_alone_can_be_a_target():
 
 
 def test_open_llama_3b_has_as_many_trainable_numbers_as_is_known():
-    """C35: rank 8 on all seven linears, counted on the meta device; the literal numbers are the README's."""
+    """C35: rank 8 on all seven linears, counted on the meta device, without the memory for any of them."""
     config = ModelConfig(vocab_size=32000, hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
                          num_attention_heads=32, num_key_value_heads=32, head_dim=100)
     with torch.device("meta"):
@@ -709,7 +709,7 @@ def test_settings_that_change_nothing_are_not_refused(saved, tmp_path):
     b'{"r": 8, "lora_alpha": 16}', b'{"r": 8, "target_modules": ["q_proj"]}', b"[" * 100_000,
 ], ids=lambda content: "absent" if content is None else repr(content[:20]))
 def test_a_config_that_is_absent_or_no_settings_is_refused_in_one_line(tmp_path, content):
-    """C37, R15-like: the path, what was found, what was expected."""
+    """C37: the path, what was found, what was expected."""
     path = tmp_path / "adapter_config.json"
     if content is not None:
         path.write_bytes(content)

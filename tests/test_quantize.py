@@ -92,7 +92,7 @@ def test_the_code_is_the_papers_and_its_quantiles_are_those_of_a_normal_distribu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("width", [1, 30, 200, 576])
 def test_int8_takes_the_nearest_of_255_steps_of_a_rows_absmax(width, dtype):
-    """C38-like: s = absmax / 127; no weight is further off than s / 2; a row of zeros stays one."""
+    """C38: s = absmax / 127; no weight is further off than s / 2; a row of zeros stays one."""
     rows = rows_of_all_kinds(width).to(dtype)
     packed = KINDS["int8"].quantize_rows(rows)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in packed.items()} == {
@@ -114,7 +114,7 @@ def test_int8_takes_the_nearest_of_255_steps_of_a_rows_absmax(width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("width", [64, 192, 576])
 def test_nf4_takes_the_nearest_of_16_codes_of_a_blocks_absmax(width, dtype):
-    """C38-like: the first of two in a byte's upper half; absmaxes in 8 bits; the error is bounded by both roundings."""
+    """C38: the first of two in a byte's upper half; absmaxes in 8 bits; the error is bounded by both roundings."""
     rows = rows_of_all_kinds(width).to(dtype)
     packed = KINDS["nf4"].quantize_rows(rows)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in packed.items()} == {
