@@ -22,7 +22,7 @@ import numpy as np
 from llama.chat import LAYOUTS, Chat, layout_of
 from llama.cli import CheckedSettings, parse, run, setting
 from llama.encoding import EncodedData, Renderer, encode_file
-from llama.errors import UserError
+from llama.errors import UserError, printable
 from llama.hub import download_dataset, find_model
 from llama.rows import READERS, DataError, read
 from llama.templates import TEMPLATES, Template, described
@@ -99,12 +99,14 @@ def resolve(data: str, data_dir: str | None, use_hub: bool = True) -> Source:
     A named set is looked for in `data_dir`, then on the hub; where neither has it, `imdb` falls back to the bundled
     synthetic sample, which the returned source says.
     """
-    name, _, category = data.partition(":")
+    name, colon, category = data.partition(":")
     if name in NAMED:
+        if colon and not category:
+            raise DataError(f"--data {data}: no category after the colon, expected one as in dolly:open_qa")
         category = category or None
         if data_dir is not None:
             path = Path(data_dir)
-            bundled = path.resolve() == SAMPLE.resolve()
+            bundled = os.path.realpath(path) == os.path.realpath(SAMPLE)
             return Source(name, {"train": path} if path.is_file() else _split_files(path), category, bundled)
         try:
             if not use_hub:
@@ -255,7 +257,7 @@ def _guess(path: Path) -> str:
 
 def run_name(data: str) -> str:
     """What a run's folder is called after."""
-    return Path(data).resolve().name.partition(".")[0].replace(":", "-") or "data"
+    return os.path.basename(os.path.realpath(data)).partition(".")[0].replace(":", "-") or "data"
 
 
 def is_local_first() -> bool:
@@ -312,7 +314,7 @@ def _spelled(ids: list[int], tokenizer: Tokenizer, begins: bool) -> str:
             continue
         decoded = tokenizer.decode(plain, continues=not begins)
         # What rows say must not steer the terminal.
-        text += "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in decoded) + name
+        text += printable(decoded, keep="\n\t") + name
         plain, begins = [], id == tokenizer.bos_id
     return text
 
@@ -324,10 +326,9 @@ def draw(splits: dict[str, EncodedData], answers: tuple[str, ...], max_length: i
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}, expected a folder for charts") from None
+    def plain(text: str) -> str:
+        return printable(text).replace("$", r"\$")
+
     for name, xlabel in (("lengths", "tokens per example"), ("labels", "answer" if answers else "labels per example")):
         figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
         for number, (split, data) in enumerate(splits.items()):
@@ -335,16 +336,21 @@ def draw(splits: dict[str, EncodedData], answers: tuple[str, ...], max_length: i
             if name == "labels" and answers:
                 places = np.arange(len(answers)) + 0.4 * (number - 0.5 * (len(splits) - 1))
                 axis.bar(places, np.bincount(data.answers, minlength=len(answers)), 0.4, label=label)
-                axis.set_xticks(range(len(answers)), [answer.strip() for answer in answers])
+                axis.set_xticks(range(len(answers)), [plain(answer.strip()) for answer in answers])
             else:
                 axis.hist(data.lengths if name == "lengths" else data.label_counts, bins=50, alpha=0.6, label=label)
         if name == "lengths":
             axis.axvline(max_length, color="#d94801", linestyle="--", label=f"--max_length {max_length}")
-        axis.set(xlabel=xlabel, ylabel="examples", title=title.replace("$", r"\$"))
+        axis.set(xlabel=xlabel, ylabel="examples", title=plain(title))
         axis.legend()
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png")
-        plt.close(figure)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}.png")
+        except OSError as error:
+            raise UserError(f"--output {folder}: {error.strerror}, expected a folder for charts") from None
+        finally:
+            plt.close(figure)
 
 
 def main() -> None:
@@ -363,10 +369,10 @@ def main() -> None:
               f"{told['p95']:7.0f}{told['max']:7}{told['truncated'] / len(part):8.1%}")
         counts = Counter(part.answers.tolist())
         for i, word in enumerate(data.template.answers):
-            print(f"{'':10}{word.strip()}: {counts[i]} ({counts[i] / len(part):.1%})")
+            print(f"{'':10}{printable(word.strip())}: {counts[i]} ({counts[i] / len(part):.1%})")
     if data.bad_row_count:
         print(f"{data.bad_row_count} bad rows were left out:", *data.bad_rows, sep="\n  ")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     first = next(iter(splits.values()))
     for i in range(min(settings.show, len(first))):
         ids, labelled = first[i]

@@ -34,6 +34,10 @@ def _publish(folder: Path, make: Callable[[Path], None], alone: bool) -> None:
     try:
         made.mkdir()
         make(made)
+        for path in [*made.iterdir(), made]:  # on disk before it has its name: a power cut must not leave half of it
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
         made.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another machine has published the same content
@@ -72,7 +76,11 @@ def digest(paths: Iterable[Path]) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Wait until no other process of this machine is in this block; False where nothing can promise that."""
-    with open(path, "w") as file:
+    try:
+        file = open(path, "w")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; set LLAMA_CACHE to a folder for encoded data") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True

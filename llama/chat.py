@@ -24,7 +24,7 @@ Turn = tuple[str, str]  # role, content
 class Chat:
     """A chat layout, with the attributes and the `render` of a `templates.Template`."""
 
-    fields, answers = {"messages"}, ()
+    fields, columns, answers = {"messages"}, {"messages"}, ()
     expected = "{messages: list of {role: str, content: str}}"
 
     def __init__(self, name: str):

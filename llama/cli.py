@@ -66,16 +66,22 @@ def run(main: Callable[[], None]) -> NoReturn | None:
 
     So does what the system refuses (a full disk, a forbidden file), which only one rank may have met.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):  # a locale without these letters must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("\n".join(error.lines), file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"{error.filename or 'output'}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

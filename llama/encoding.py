@@ -26,6 +26,7 @@ import llama.rows
 import llama.templates
 import llama.tokenizer
 from llama.cache import cached, digest
+from llama.errors import printable
 from llama.rows import DataError, read
 from llama.templates import END, Segment, described
 from llama.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ class Renderer(Protocol):
 
     name: str
     source: str  # all that decides what it renders
+    columns: set[str]  # all fields it may look at
     answers: tuple[str, ...]  # the words that an answer is one of; () where it is free text
 
     def render(self, row: dict, where: str) -> tuple[list[Segment], int]: ...
@@ -53,7 +55,7 @@ class BadRows(DataError):
     def __init__(self, path: Path, shown: list[str], count: int, rows: int):
         total = f"{path}: {count} of {rows} rows cannot be used; mend them, or leave them out with --skip_bad_rows"
         super().__init__("; ".join([*shown, total]))
-        self._lines = [*shown, total]
+        self._lines = [printable(line) for line in (*shown, total)]
 
     @property
     def lines(self) -> list[str]:
@@ -165,12 +167,19 @@ class EncodedData:
         about = json.loads((folder / "about.json").read_text())
         arrays = {}
         for name, dtype in (TOKENS | EXAMPLES).items():
-            shape = (about["tokens" if name in TOKENS else "examples"],)
+            with open(folder / name, "rb") as file:  # not through the map, whose pages would count as memory in use
+                crc = 0
+                while piece := file.read(1 << 20):
+                    crc = zlib.crc32(piece, crc)
+                size = file.tell()
+            if (size, crc) != (about["tokens" if name in TOKENS else "examples"] * np.dtype(dtype).itemsize,
+                               about["crc"][name]):
+                raise ValueError(f"{name} is not as it was written")
             # An empty file cannot be mapped.
-            arrays[name] = np.memmap(folder / name, dtype, "r", shape=shape) if shape[0] else np.empty(0, dtype)
+            arrays[name] = np.memmap(folder / name, dtype, "r") if size else np.empty(0, dtype)
         stops = arrays.pop("stops")
         starts = np.concatenate([[0], stops])[:-1]
-        return cls(starts=starts, stops=stops, **arrays, crc=about["tokens_crc"] ^ about["is_answer_crc"],
+        return cls(starts=starts, stops=stops, **arrays, crc=about["crc"]["tokens"] ^ about["crc"]["is_answer"],
                    bad_rows=about["bad_rows"], bad=[f"{path}{line}" for line in about["bad"]])
 
     def subset(self, chosen: np.ndarray) -> "EncodedData":
@@ -214,6 +223,7 @@ def encode_file(
     Raises BadRows when rows cannot be used, unless they are to be skipped, and DataError when the whole file cannot.
     """
     code = [Path(module.__file__) for module in (llama.chat, llama.rows, llama.templates, llama.tokenizer)]
+    before = _identity(path)
     key = [digest([path, *tokenizer.files, Path(__file__), *code]), path.suffix, template.name, template.source,
            max_length, truncate_side, category, version("sentencepiece"), version("tokenizers")]
 
@@ -221,6 +231,8 @@ def encode_file(
         with tqdm(desc=f"encoding {path.name}", unit=" rows", disable=quiet, leave=False) as progress:
             _encode_into(folder, path, _rendered(path, template, category), template.answers, tokenizer, max_length,
                          truncate_side, progress)
+        if _identity(path) != before:
+            raise DataError(f"{path}: changed while it was read, expected it to stay as it is")
 
     folder = cached(json.dumps(key), make)
     try:
@@ -235,6 +247,15 @@ def encode_file(
     return data
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    """What is sure to change with a file's content, unless on purpose. Raises DataError for one that is not there."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Rendered(NamedTuple):
     """One row of a file: its segments and the index of its answer, or what is wrong with it."""
 
@@ -247,7 +268,7 @@ class Rendered(NamedTuple):
 def _rendered(path: Path, template: Renderer, category: str | None) -> Iterator[Rendered]:
     """The rows of a file, of one category where one is given. Raises DataError when no row has it."""
     others, found = Counter(), False
-    for number, row in read(path):
+    for number, row in read(path, template.columns | ({"category"} if category else set())):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -262,7 +283,7 @@ def _rendered(path: Path, template: Renderer, category: str | None) -> Iterator[
         except DataError as error:
             yield Rendered(number, [], -1, error)
     if others and not found:
-        known = ", ".join(f"{name:.40}" for name, _ in others.most_common(12))
+        known = ", ".join(f"{name!r:.40}" for name, _ in others.most_common(12))
         raise DataError(f"{path}: no row of category {category!r}, only of {known}")
 
 
@@ -284,7 +305,7 @@ def _encode_into(
 ) -> None:
     """Append what rows become to the files of `folder`; nothing of the size of the data is kept in memory."""
     answer_room = max(map(len, tokenizer.encode_batch(list(answers), continues=True)), default=0)
-    bad, about = [], dict.fromkeys(("examples", "tokens", "bad_rows", "tokens_crc", "is_answer_crc"), 0)
+    bad, about = [], {"examples": 0, "tokens": 0, "bad_rows": 0, "crc": dict.fromkeys(TOKENS | EXAMPLES, 0)}
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKENS | EXAMPLES}
         for batch in _batches(rows):
@@ -303,7 +324,7 @@ def _encode_into(
     (folder / "about.json").write_text(json.dumps(about | {"bad": bad}))
 
 
-def _append(files: dict[str, BinaryIO], pairs: list[tuple[Rendered, Encoded]], about: dict[str, int]) -> None:
+def _append(files: dict[str, BinaryIO], pairs: list[tuple[Rendered, Encoded]], about: dict) -> None:
     examples = [example for _, example in pairs]
     lengths = [len(example.ids) for example in examples]
     values = {
@@ -318,7 +339,6 @@ def _append(files: dict[str, BinaryIO], pairs: list[tuple[Rendered, Encoded]], a
     for name, dtype in (TOKENS | EXAMPLES).items():
         array = np.fromiter(values[name], dtype)
         files[name].write(array.data)  # tofile would not tell of a full disk
-        if name in TOKENS:
-            about[f"{name}_crc"] = zlib.crc32(array, about[f"{name}_crc"])
+        about["crc"][name] = zlib.crc32(array, about["crc"][name])
     about["examples"] += len(pairs)
     about["tokens"] += sum(lengths)

@@ -1,4 +1,4 @@
-"""The one kind of error a user can cause."""
+"""The one kind of error a user can cause, and how it is printed."""
 
 
 class UserError(ValueError):
@@ -9,5 +9,10 @@ class UserError(ValueError):
 
     @property
     def lines(self) -> list[str]:
-        """What to print: one line, whatever line breaks are in what the message quotes."""
-        return [" ".join(str(self).splitlines())]
+        """What to print: one line, whatever is in what the message quotes."""
+        return [printable(" ".join(str(self).splitlines()))]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with what could steer a terminal, or cannot be encoded, spelled as \\x1b; `keep`s are left alone."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from llama.errors import UserError
+from llama.errors import UserError, printable
 
 
 def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
@@ -103,7 +103,8 @@ def draw_loss_curve(lines: list[dict], out: Path, title: str) -> None:
     tested = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
     if tested:
         axis.plot([s for s, _ in tested], [m["loss"] for _, m in tested], "o-", color="#d94801", label="held-out loss")
-    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", title=title.replace("$", r"\$"), yscale="log")
+    axis.set(xlabel="optimizer step", ylabel="loss (nats per label)", yscale="log",
+             title=printable(title).replace("$", r"\$"))
     axis.grid(alpha=0.25)
     handles, labels = axis.get_legend_handles_labels()
     if any("accuracy" in m for _, m in tested):

@@ -17,15 +17,16 @@ class DataError(UserError):
     """Rows, templates or files that cannot be used as they are."""
 
 
-def read(path: Path) -> Iterator[tuple[int, dict | DataError]]:
+def read(path: Path, columns: set[str] | None = None) -> Iterator[tuple[int, dict | DataError]]:
     """(number from 1, row) of a .jsonl, .jsonl.gz or .parquet file; in place of a bad row, what is wrong with it.
 
-    An empty line is a bad row. Nothing but the row at hand is in memory (of Parquet: a few hundred rows), whatever the
-    file's size. Raises DataError for a file that is damaged as a whole: nobody can tell how many rows it lacks.
+    Of a Parquet file only `columns` are read, where any are given and there. An empty line is a bad row. Nothing but
+    the row at hand is in memory (of Parquet: a few dozen rows), whatever the file's size. Raises DataError for a file
+    that is damaged as a whole: nobody can tell how many rows it lacks.
     """
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
-            return reader(path)
+            return reader(path, columns) if reader is _read_parquet else reader(path)
     raise DataError(f"{path}: expected a name ending in {' or '.join(READERS)}")
 
 
@@ -64,10 +65,11 @@ def _without_repetition(pairs: list) -> dict:
     return fields
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+def _read_parquet(path: Path, columns: set[str] | None) -> Iterator[tuple[int, dict | DataError]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    errors = (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError)  # the last: of some time types
     number = 0
     try:
         # Buffered, a column is decompressed page by page: a row group may be as large as the file.
@@ -75,15 +77,30 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
             names = file.schema_arrow.names
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise DataError(f"{path}: the column {twice!r:.40} comes twice")
-            for batch in file.iter_batches(batch_size=256, use_threads=False):
-                for row in batch.to_pylist():
+            wanted = sorted(columns & set(names)) if columns else None
+            for batch in file.iter_batches(batch_size=64, columns=wanted or None, use_threads=False):
+                try:
+                    rows = batch.to_pylist()
+                except errors:  # one value of one row
+                    rows = [_row(batch.slice(i, 1), f"{path}:{number + i + 1}", errors) for i in range(len(batch))]
+                for row in rows:
                     number += 1
                     yield number, row
     except DataError:  # is a ValueError, too
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({reason})") from None
+    except errors as error:
+        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({_reason(error)})") from None
+
+
+def _row(one, where: str, errors: tuple) -> dict | DataError:
+    try:
+        return one.to_pylist()[0]
+    except errors as error:
+        return DataError(f"{where}: cannot be read ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl}

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 from llama.rows import LONGEST_LINE, DataError
 
+LONGEST_TEMPLATE, MOST_WORDS = 1 << 20, 1000
 END = ""  # as the text of a control segment: the tokenizer's own end token
 
 
@@ -88,6 +89,7 @@ class Template:
             raise DataError(f"--template {name}: its alternatives have different answers, expected the same words")
         (self.answers,) = words
         self.fields = {field.name for field in _fields(self.alternatives[-1])}
+        self.columns = {field.name for spans in self.alternatives for field in _fields(spans)}
         wanted = {field.name: field.type for spans in self.alternatives for field in _fields(spans)}
         optional = {name: "" if name in self.fields else " or nothing" for name in wanted}
         self.expected = "{" + ", ".join(f"{name}: {kind}{optional[name]}" for name, kind in wanted.items()) + "}"
@@ -124,6 +126,9 @@ class Template:
                 return None
             if type(value) not in (int, str):
                 raise self._misfit(row, where)
+            if str(value) in field.words:  # 1 may mean the word "1" or the second word
+                raise DataError(f"{where}: {field.name} is the number {value!r:.40}, which is also a word of the "
+                                "template; expected the word as text")
             if isinstance(value, str) or not 0 <= value < len(field.words):
                 known = " or ".join(f"{number} ({word})" for number, word in enumerate(field.words))
                 raise DataError(f"{where}: {field.name} is {value!r:.40}, expected {known}")
@@ -164,12 +169,14 @@ def described(row: dict) -> str:
 
 def _parse(name: str, first_line: int, text: str) -> list[Span]:
     """One alternative of a template as the spans it is made of."""
-    spans = [Span(False, False, [])]
+    spans, line = [Span(False, False, [])], first_line
     ended = False
+    if len(text) > LONGEST_TEMPLATE:
+        raise DataError(f"--template {name}: {len(text)} characters, expected {LONGEST_TEMPLATE} at most")
     for match in re.finditer(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}]|[^{}\[\]]+|[\[\]]", text):
         token, inside = match[0], match[1]
-        where = f"--template {name}:{first_line + text[: match.start()].count(chr(10))}"
-        span = spans[-1]
+        where, span = f"--template {name}:{line}", spans[-1]
+        line += token.count("\n")
         if ended:
             raise DataError(f"{where}: found {token[:20]!r} after the answer, expected the answer to end the template")
         if token == "[[" and not span.answer:
@@ -190,7 +197,7 @@ def _parse(name: str, first_line: int, text: str) -> list[Span]:
             else:
                 span.pieces.append(field)
     answer = spans[-1]
-    where = f"--template {name}:{first_line + text.count(chr(10))}"
+    where = f"--template {name}:{line}"
     fields = [piece for piece in answer.pieces if isinstance(piece, Field)]
     if not ended or not fields:
         raise DataError(f"{where}: no [[answer]] with a {{field}} in it at its end")
@@ -203,7 +210,7 @@ def _parse_field(text: str, where: str) -> Field:
     name = r"([^\s=.](?:[^\n=.]*[^\s=.])?)"
     match = re.fullmatch(rf"{name}(?:\.(\d{{1,4}}))?(\.\.\.)?|{name}=(.+)", text)
     words = tuple(match[5].split(",")) if match and match[5] else ()
-    if not match or len(words) == 1 or "" in words or len(set(words)) < len(words):
+    if not match or len(words) == 1 or len(words) > MOST_WORDS or "" in words or len(set(words)) < len(words):
         raise DataError(f"{where}: found {{{text[:40]}}}, expected {{name}}, {{name...}}, {{name.0}} or {{name=a,b}}")
     return Field(match[1] or match[4], int(match[2]) if match[2] else None, bool(match[3]), words)
 

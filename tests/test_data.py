@@ -114,7 +114,8 @@ def test_a_named_set_is_had_from_the_hub_under_its_own_address(tmp_path, monkeyp
     assert source == Source(name, {split: tmp_path / split for split in NAMED[name].splits}, "c")
     assert {"train"} <= set(source.files) <= {"train", "test"}
     assert asked == [tuple(NAMED[name])] and re.fullmatch(r"[\w-]+/[\w.-]+", asked[0][0])
-    assert resolve(f"{name}:", None).category is None
+    with pytest.raises(DataError, match="no category after the colon"):
+        resolve(f"{name}:", None)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED if name != "imdb"])
@@ -471,7 +472,7 @@ def test_what_rows_say_never_steers_the_terminal(tmp_path, monkeypatch, capsys, 
     text = "x\x1b[2J\x1b]0;title\x07y\rz\x08\x9b1m\u202e\u2028!"
     path = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": 1}])
     status, out, _ = command(monkeypatch, capsys, "--data", path, "--show", 1, terminal=terminal)
-    assert status == 0 and "x\\x1b[2J\\x1b]0;title\\x07y\\x0dz\\x08\\x9b1m\\x202e\\x2028!" in out
+    assert status == 0 and "x\\x1b[2J\\x1b]0;title\\x07y\\rz\\x08\\x9b1m\\u202e\\u2028!" in out
     left = out.replace("\x1b[1;32m positive\x1b[0m", "") if terminal else out
     assert all(c.isprintable() or c == "\n" for c in left)
 
@@ -503,7 +504,7 @@ def test_rows_that_were_left_out_are_told_once(tmp_path, monkeypatch, capsys):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     status, out, _ = command(monkeypatch, capsys, "--data", path, "--skip_bad_rows")
     assert status == 0 and out.count("were left out") == 1
-    told = out.split("10 rows were left out:\n")[1].splitlines()[:-1]
+    told = out.split("10 bad rows were left out:\n")[1].splitlines()[:-1]
     assert told == [f"  {path}:{number}: text is empty" for number in (2, 6, 10, 14, 18)]
 
 

@@ -629,7 +629,7 @@ def test_an_unknown_category_names_those_that_are_there(tmp_path, own_cache, bun
     for skip in (False, True):
         with pytest.raises(DataError) as error:
             encode_file(path, IMDB, bundled, 512, category="Open_QA", skip_bad_rows=skip, quiet=True)
-        assert error.value.lines == [f"{path}: no row of category 'Open_QA', only of open_qa, brainstorming"]
+        assert error.value.lines == [f"{path}: no row of category 'Open_QA', only of 'open_qa', 'brainstorming'"]
     assert {p.suffix for p in own_cache.iterdir()} == {".lock"}
 
 
@@ -937,3 +937,61 @@ def test_peak_memory_does_not_grow_with_the_file(tmp_path):
                           check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, after_small, after_jsonl, after_all = (int(line) / 1024 for line in done.stdout.split())
     assert after_jsonl < after_small + 8 and after_all < after_jsonl + 18, done.stdout
+
+
+@pytest.mark.parametrize("name", ["tokens", "is_answer", "stops", "label_counts", "rows", "was_cut", "answers"])
+def test_a_cache_whose_bytes_have_changed_is_refused(tmp_path, own_cache, bundled, name):
+    """R5: of the right size, or longer: never wrong tokens, never a fingerprint of other ones."""
+    path = write_rows(tmp_path / "train.jsonl", reviews(5))
+    encode_file(path, IMDB, bundled, 128, quiet=True)
+    [folder] = [p for p in own_cache.iterdir() if p.is_dir()]
+    content = bytearray((folder / name).read_bytes())
+    for damaged in (bytes([content[0] ^ 1]) + content[1:], content + b"\0\0"):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}: damaged, delete it .*{name}"):
+            encode_file(path, IMDB, bundled, 128, quiet=True)
+    (folder / name).write_bytes(content)
+    assert len(encode_file(path, IMDB, bundled, 128, quiet=True)) == 5
+
+
+def test_a_file_that_changes_while_it_is_read_is_never_cached_under_its_old_content(tmp_path, own_cache, bundled,
+                                                                                   monkeypatch):
+    """R21: its name in the cache is that of what it was."""
+    path = write_rows(tmp_path / "train.jsonl", reviews(5))
+    real = llama.encoding.digest
+
+    def then_change(paths):
+        key = real(paths)
+        write_rows(path, reviews(7))
+        return key
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.encoding, "digest", then_change)
+        with pytest.raises(DataError, match="train.jsonl: changed while it was read"):
+            encode_file(path, IMDB, bundled, 128, quiet=True)
+    assert len(encode_file(path, IMDB, bundled, 128, quiet=True)) == 7
+
+
+def test_columns_that_no_template_asks_for_cannot_spoil_a_parquet_file(tmp_path, bundled):
+    """R15: a time in nanoseconds, large blobs: neither read nor held in memory."""
+    rows = reviews(6)
+    odd = {"when": pyarrow.array([1] * 6, pyarrow.timestamp("ns", "No/Where")),
+           "blob": pyarrow.array([b"x" * 10**5] * 6)}
+    table = pyarrow.Table.from_pylist(rows)
+    for name, column in odd.items():
+        table = table.append_column(name, column)
+    pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
+    encoded = encode_file(tmp_path / "odd.parquet", IMDB, bundled, 128, quiet=True)
+    plain = encode_file(write_rows(tmp_path / "plain.jsonl", rows), IMDB, bundled, 128, quiet=True)
+    assert encoded.fingerprint == plain.fingerprint
+
+
+def test_one_value_of_a_parquet_file_that_cannot_be_read_is_one_bad_row(tmp_path, bundled):
+    """R15: its neighbours are kept with --skip_bad_rows."""
+    texts = pyarrow.array([b"fine", b"caf\xe9", b"good"]).cast(pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": texts, "label": [0, 1, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadRows) as error:
+        encode_file(tmp_path / "a.parquet", IMDB, bundled, 128, quiet=True)
+    assert error.value.lines[0].startswith(f"{tmp_path}/a.parquet:2: cannot be read (") and len(error.value.lines) == 2
+    assert len(encode_file(tmp_path / "a.parquet", IMDB, bundled, 128, skip_bad_rows=True, quiet=True)) == 2

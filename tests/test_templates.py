@@ -598,3 +598,26 @@ def test_any_text_is_rendered_and_fits(text, side, length):
     assert (example is None) == (fixed > length)
     if example:
         assert fixed <= len(example.ids) <= length and sum(example.is_answer) == 1 and example.is_answer[-1]
+
+
+@pytest.mark.parametrize("value", [1, 2, 3])
+def test_a_number_that_could_be_a_place_or_a_word_is_refused(value):
+    """R15: star ratings would silently shift by one."""
+    stars = Template("stars", "Stars:[[ {stars=1,2,3}]]")
+    with pytest.raises(DataError, match=f"^here: stars is the number {value}, which is also a word"):
+        stars.render({"stars": value}, "here")
+    segments, answer = stars.render({"stars": str(value)}, "here")
+    assert segments[-1].text == f" {value}" and answer == value - 1
+    assert stars.render({"stars": 0}, "here")[0][-1].text == " 1"
+
+
+@pytest.mark.parametrize("source", ["{{}}\n" * 20_000 + "[[{a}]]", "{a} " * 20_000 + "[[{a}]]"])
+def test_a_long_template_is_parsed_in_a_moment_and_a_longer_one_refused(source):
+    """R15: in time that grows with its length, not with its square."""
+    import time
+
+    began = time.perf_counter()
+    Template("long", source)
+    assert time.perf_counter() - began < 5
+    with pytest.raises(DataError, match="^--template long: [0-9]+ characters, expected 1048576 at most$"):
+        Template("long", source * 20)
