@@ -29,7 +29,7 @@ from llama.errors import UserError
 from llama.hub import find_model
 from llama.model import Llama
 from llama.parallel import Ranks, build, preferred_dtype, ranks
-from llama.quantize import KINDS, quantize
+from llama.quantize import KINDS
 from llama.rows import DataError
 from llama.tokenizer import Tokenizer
 
@@ -148,11 +148,8 @@ def main() -> None:
     adapter = lora.read_adapter(settings.adapter) if settings.adapter else None
 
     def adapt(model: Llama) -> None:
-        model.requires_grad_(False)
-        if settings.quantize != "none":
-            quantize(model, settings.quantize)
-        if adapter:
-            lora.apply(model, adapter)
+        lora.prepare(model, adapter, settings.quantize)
+        model.requires_grad_(False)  # so that it is kept in the dtype it computes in
 
     if metric == "perplexity":
         data = data.labelling_prompts()

@@ -38,8 +38,8 @@ from llama.hub import find_model
 from llama.journal import Journal, choose_folder, draw_loss_curve
 from llama.model import Llama
 from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.parallel import Ranks, build, preferred_dtype, ranks
-from llama.quantize import KINDS, bytes_per_weight, quantize
+from llama.parallel import Ranks, build, on_meta, preferred_dtype, ranks
+from llama.quantize import KINDS, bytes_per_weight
 from llama.slices import sharded_parameters, together
 from llama.tokenizer import Tokenizer, load_tokenizer
 from lora import ALL_LINEAR, VARIANTS, Adapter
@@ -82,8 +82,9 @@ class Settings(DataSettings):
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: never")
     seed: int = setting(0, "of the data order and of random weights")
     # On what
-    dtype: str | None = setting(None, "what to compute in (weights are always kept in float32); bfloat16 where the "
-                                "device has it, else float32", choices=("bfloat16", "float32"))
+    dtype: str | None = setting(None, "what to compute in and to keep frozen weights in (trained ones are kept in "
+                                "float32); bfloat16 where the device has it, else float32",
+                                choices=("bfloat16", "float32"))
     sharding: str = setting("full", "full: a layer's weights are gathered twice a step, grad: once, and kept",
                             choices=("full", "grad"))
     cpu_offload: bool = setting(False, "on a GPU: keep weights and optimizer in the host's memory")
@@ -188,18 +189,14 @@ def prepare(settings: Settings) -> Task:
     elif settings.lora_rank:
         adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_variant,
                           tuple(settings.lora_targets.split(",")))
-    with torch.device("meta"):
-        adapt(Llama(config), settings, adapter)  # refuses what does not fit before anybody waits for this process
+    on_meta(config, torch.float32, lambda model: adapt(model, settings, adapter))  # refuses what does not fit
     return Task(config, config_json, folder, tokenizer, data, train, words, adapter)
 
 
 def adapt(model: Llama, settings: Settings, adapter: Adapter | None) -> None:
     """Quantise, put the adapter on, freeze: what is to be done to a model before it is sharded."""
-    if settings.quantize != "none":
-        quantize(model, settings.quantize)
-    if adapter:
-        lora.apply(model, adapter)
-    elif settings.train_layers != "all":
+    lora.prepare(model, adapter, settings.quantize)
+    if settings.train_layers != "all":
         train_only(model, settings.train_layers.split(","))
 
 
@@ -436,6 +433,8 @@ def _announce(
 ) -> None:
     """Print and save what this run is, with every default resolved."""
     resolved = asdict(settings) | {k: binding[k] for k in ("template", "dtype", "steps", "global_batch")}
+    if task.adapter:
+        resolved |= {f"lora_{name}": value for name, value in binding["lora"].items()}
     resolved |= {"bundled_sample": task.data.source.bundled_sample, "output": str(output), "ranks": here.world_size,
                  "device": str(here.device.type)}
     train, test = task.train, task.data.test

@@ -4,9 +4,9 @@
     python benchmarks/memory.py --check DIR                the same count beside a measured run of a Hugging Face folder
 
 Counted, per rank: its slices of weights (fp32 where trained, bf16 or packed where frozen), of gradients (fp32) and of
-AdamW's moments; two layers and the embedding and head gathered whole in bf16, and the gradients of one such unit before
-they are reduced; the inputs of all layers and everything inside one, for --tokens tokens a rank under
---activation_checkpointing full, and the logits of 512 rows.
+AdamW's moments; two layers and the embedding and head gathered whole in bf16, the gradients of one such unit before
+they are reduced, and a linear made whole from its 8 or 4 bits; the inputs of all layers and everything inside one, for
+--tokens tokens a rank under --activation_checkpointing full; and three fp32 copies of the logits of 512 rows.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from llama.loss import CHUNK
 from llama.model import Llama
 from llama.optim import build_adamw, optimizer_tensors
 from llama.parallel import on_meta
-from llama.quantize import quantize
+from llama.quantize import KINDS
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "Llama 2 7B": (4096, 11008, 32, 32, 32, 32000),
@@ -34,6 +34,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "Llama 2 13B": (5120, 13824, 40, 40, 40, 32000),
     "Llama 2 70B": (8192, 28672, 80, 64, 8, 32000),
 }
+RANK = 8
 METHODS = ("full", "full, adamw8bit", "LoRA", "LoRA, int8", "LoRA, nf4")
 
 
@@ -43,42 +44,34 @@ def config_of(shape: tuple[int, ...]) -> ModelConfig:
                        num_attention_heads=heads, num_key_value_heads=kv, head_dim=D // heads)
 
 
-def shape_of(config: ModelConfig, method: str) -> Llama:
-    def adapt(model: Llama) -> None:
-        for kind in ("int8", "nf4"):
-            if kind in method:
-                quantize(model, kind)
-        if "LoRA" in method:
-            lora.apply(model, lora.Adapter(8, 16.0))
-
-    return on_meta(config, torch.bfloat16, adapt)
+def adapt(model: Llama, method: str) -> None:
+    kind = next((kind for kind in KINDS if kind in method), "none")
+    lora.prepare(model, lora.Adapter(RANK, 16.0) if "LoRA" in method else None, kind)
 
 
 def size(tensors) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def count(config: ModelConfig, method: str, ranks: int, tokens: int, recompute: bool = True) -> dict[str, float]:
-    """Bytes per rank, by what they are for."""
-    model = shape_of(config, method)
+def count(c: ModelConfig, method: str, ranks: int, tokens: int) -> dict[str, float]:
+    """Bytes per rank, by what they are for. Not all of it is needed at the same moment: a little too much."""
+    model = on_meta(c, torch.bfloat16, lambda model: adapt(model, method))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
     root = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
     layer = list(model.layers[0].parameters())
     units = [root, layer, layer]
+    # FSDP copies and casts what it gathers even on one rank, and reduces gradients in fp32.
     gathered = sum(p.numel() * min(p.itemsize, 2) for unit in units for p in unit)
-    unreduced = 2 * max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
-    c = config
+    unreduced = (2 + 4) * max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
+    dequantised = {"int8": 4, "nf4": 6}.get(method[-4:].strip(), 0) * c.hidden_size * c.intermediate_size
     inside = 2 * (8 * c.hidden_size + 4 * c.intermediate_size + 2 * c.num_key_value_heads * c.head_dim)
-    if "LoRA" in method:
-        inside += 2 * 8 * 7
-    layers = c.num_hidden_layers
-    activations = tokens * (2 * c.hidden_size * layers + inside) if recompute else tokens * inside * layers
     return {
         "weights": size(model.parameters()) / ranks, "gradients": 4 * sum(p.numel() for p in trained.values()) / ranks,
         "moments": size(optimizer_tensors(trained, optimizer).values()) / ranks,
-        "gathered": (gathered + unreduced) if ranks > 1 else unreduced + gathered,
-        "activations": activations + 3 * 4 * min(CHUNK, tokens) * c.vocab_size,
+        "gathered": gathered + unreduced + dequantised,
+        "activations": tokens * (2 * c.hidden_size * c.num_hidden_layers + inside),
+        "logits": 3 * 4 * min(CHUNK, tokens) * c.vocab_size,
     }
 
 
@@ -102,7 +95,7 @@ def check(folder: str, tokens: int) -> dict:
         command = [sys.executable, __file__, "--run", method, "--check", folder, "--tokens", str(tokens)]
         measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
                                              env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout.splitlines()[-1])
-        counted = count(ModelConfig.from_folder(folder), method, 1, tokens, recompute=True)
+        counted = count(ModelConfig.from_folder(folder), method, 1, tokens)
         states = counted["weights"] + counted["gradients"] + counted["moments"]
         out[method] = measured | {"counted_states": states, "counted_peak": sum(counted.values())}
         row = (states, measured["states"], sum(counted.values()), measured["peak"])
@@ -115,21 +108,15 @@ def run(folder: str, method: str, tokens: int) -> None:
     from llama.packed import PackedDocuments
     from llama.parallel import build, ranks
 
-    def adapt(model: Llama) -> None:
-        for kind in ("int8", "nf4"):
-            if kind in method:
-                quantize(model, kind)
-        if "LoRA" in method:
-            lora.apply(model, lora.Adapter(8, 16.0))
-
-    def anonymous(field: str = "RssAnon") -> int:
+    def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
 
     torch.set_num_threads(1)
     with ranks() as here:
-        before = anonymous()
-        model = build(ModelConfig.from_folder(folder), here, torch.bfloat16, activation_checkpointing=True, adapt=adapt)
+        before = resident("VmRSS")
+        model = build(ModelConfig.from_folder(folder), here, torch.bfloat16, activation_checkpointing=True,
+                      adapt=lambda model: adapt(model, method))
         pretrained.load(model, folder)
         lora.initialize(model, 0)
         optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
@@ -141,7 +128,7 @@ def run(folder: str, method: str, tokens: int) -> None:
         kept = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         moments = optimizer_tensors({n: p for n, p in model.named_parameters() if p.requires_grad}, optimizer)
         held = size(tensor.to_local() for tensor in (*kept, *moments.values()))
-        print(json.dumps({"states": held, "peak": anonymous("VmHWM") - before}))
+        print(json.dumps({"states": held, "peak": resident("VmHWM") - before}))
 
 
 def main() -> None:

@@ -85,7 +85,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def flops(config, lengths, labels: int, frozen: bool) -> float:
     """Floating-point operations one training step of these examples needs: 6 per weight of a linear layer and token (4
-    where it is frozen), 12 per pair of positions that attend, head and feature; the vocabulary for labels alone."""
+    where it is frozen; adapters are not counted), 12 per pair of positions that attend, head and feature; the
+    vocabulary for labels alone."""
     H, N, K = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     layer = config.hidden_size * (2 * N * H + 2 * K * H + 3 * config.intermediate_size)
     each = 4 if frozen else 6

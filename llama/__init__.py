@@ -19,6 +19,7 @@
     pretrained  Hugging Face folder <-> model, through slices
     batches     which examples when, on which rank, packed how
     quantize    frozen linears in 8 or 4 bits a weight
+    adamw8bit   AdamW with moments of a byte each
     optim       AdamW's groups, the learning rate, the gradient's norm
     parallel    processes, devices, FSDP2, compile, recomputed activations: applied from outside
     checkpoint  saved states that exist whole or not at all

@@ -1,8 +1,10 @@
 """AdamW whose two moments take one byte a number each instead of four.
 
-Dettmers et al. 2022, https://arxiv.org/abs/2110.02861: blocks of 256 numbers share their absmax, and each number is one
-of 256 values of a code that is fine near 0, coarse near 1, and covers seven powers of ten, as moments do. Blocks do not
-reach from one row into the next, so a moment is cut among ranks as its parameter is, and reads back on any number.
+Dettmers et al. 2022, https://arxiv.org/abs/2110.02861: the numbers of a block share their absmax, and each is one of
+256 values of a "dynamic" code that spans seven powers of ten, as moments do: within 1% near 1, a decade near 1e-7.
+Blocks are of 256 numbers, as in newer bitsandbytes (the paper's had 2,048), and end with their row. So a moment is cut
+among ranks as its parameter is and reads back on any number of them; rows much shorter than a block cost more than a
+byte a number.
 """
 
 from functools import cache
@@ -13,18 +15,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 BLOCK = 256
-SMALL = 4096  # numbers: parameters with fewer keep fp32 moments, which cost little and matter much
+SMALL = 4096  # numbers: smaller parameters, and all but matrices, keep fp32 moments: they cost little
 PIECE = 1 << 22  # numbers that are fp32 at a time
 
 
 @cache
 def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values in ascending order: 10^-e times the middles of equal parts of 0.1..1, the more of them the larger
-    10^-e is; with a sign half as many; 0 and 1."""
+    """The 256 values in ascending order: 0, 1, and for e = 0..6 the middles of 2^(6 - e) equal parts of 0.1..1, times
+    10^-e and with both signs; without a sign of twice as many parts."""
     values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float64)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+    for e in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - e + (not signed)) + 1, dtype=torch.float64)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0**-e
         values += middles.tolist() + ((-middles).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
@@ -74,7 +76,11 @@ class Moment:
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW, its moments rounded to 8 bits between steps; a step itself is computed in fp32."""
+    """AdamW, its moments rounded to 8 bits between steps; a step itself is computed in fp32:
+
+        m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
+        w = w - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w)
+    """
 
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0):

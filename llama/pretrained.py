@@ -111,7 +111,8 @@ def export(
     """
     weights = _hugging_face_parameters(model)
     if len(weights) != len(list(model.parameters())):
-        raise ValueError("export: the model has parameters that a Llama has not; merge its adapter first")
+        raise ValueError("export: the model has parameters that a Llama has not: an adapter to merge first, or a "
+                         "packed base")
     dtype_name = str(dtype).removeprefix("torch.")
     config = config | {
         "architectures": ["LlamaForCausalLM"],

@@ -3,8 +3,9 @@
     int8  w = q * s          q = round(w / s) in -127..127, s = absmax(row) / 127
           One scale a row: the weight half of LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339).
     nf4   w = code[q] * a    code: 16 quantiles of a normal distribution, a = absmax of 64 neighbours in a row
-          QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); its appendix E gives the code. The absmaxes
-          are quantised again, to 8 bits with one fp32 scale a row (double quantisation: 0.52 bytes a weight).
+          QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); its appendix E gives the code. Weights are
+          nearly normal, so quantiles make each code about equally frequent. The absmaxes are quantised again (double
+          quantisation: 0.52 bytes a weight), here linearly to 8 bits with an fp32 scale a row, there to FP8.
 
 Rows stand alone in both, so any number of ranks can hold some of them, and read and quantise just those. Weights are
 made whole again in the dtype of the input whenever they are multiplied with, one linear at a time.
@@ -30,7 +31,7 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + b, with W frozen and packed. Its parameters are integers, which no mixed-precision policy rounds."""
 
     def __init__(self, linear: nn.Linear):
-        """Takes the place of `linear`, with memory but no values yet: `quantize_rows` makes those."""
+        """Takes the place of `linear`, on its device and without values: `quantize_rows` makes those."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         for name, (width, dtype) in self.packed(self.in_features).items():
@@ -123,7 +124,7 @@ class NF4Linear(QuantizedLinear):
         codes = torch.bucketize(normalised, MIDPOINTS.to(rows.device), out_int32=True).flatten(1).to(torch.uint8)
         scale = absmax.amax(1, keepdim=True) / 255
         coarse = (absmax / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-        # A block is only ever nothing if all of it is.
+        # Only a block that is all zeros may get an absmax of 0.
         coarse = coarse.clamp_(min=1).where(absmax > 0, torch.zeros(()))
         return {"weight": codes[:, ::2] << 4 | codes[:, 1::2], "weight_absmax": coarse.to(torch.uint8),
                 "weight_scale": _bytes(scale)}

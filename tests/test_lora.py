@@ -144,7 +144,7 @@ def test_targets_are_ends_of_names_and_one_that_matches_nothing_lists_what_there
             lora.apply(model, Adapter(4, 8.0, targets=targets))
         told = str(error.value)
         missing = [t for t in targets if t not in SEVEN][0]
-        assert f"--lora_targets {missing}: " in told and "\n" not in told
+        assert f"LoRA target {missing!r}: " in told and "\n" not in told
         assert "all-linear" in told and all(name in told for name in SEVEN)
         return
     lora.apply(model, Adapter(4, 8.0, targets=targets))
@@ -846,7 +846,7 @@ MISTAKES = {
     "no such kind": (["--quantize", "int3"], "--quantize"),
     "output taken": (["--output", "{saved}"], "exists already"),
     "another base's adapter": (["--adapter", "{saved}"], "expected F32 [4, 64]"),
-    "a linear it has not": (["--adapter", "{foreign}"], "side_proj: no such linear"),
+    "a linear it has not": (["--adapter", "{foreign}"], "'side_proj': no such linear"),
     "a rank without end": (["--adapter", "{giant}"], "r"),
     "widths that do not divide": (["--model", "{narrow}", "--adapter", "{on_narrow}", "--quantize", "nf4"],
                                   "expected a multiple of 64"),
