@@ -57,6 +57,7 @@ class Settings(DataSettings):
     def checks(self):
         return [
             *super().checks(),
+            ("adapter", "a folder", self.adapter != ""),
             ("batch_size", "1 or more", self.batch_size >= 1),
             ("limit", "0 or more", self.limit >= 0),
             ("predictions", "another file than --output", not self.predictions or self.predictions != self.output),

@@ -40,9 +40,9 @@ from llama.model import Llama
 from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.parallel import Ranks, build, on_meta, preferred_dtype, ranks
 from llama.quantize import KINDS, bytes_per_weight
-from llama.slices import sharded_parameters, together
+from llama.slices import all_finite, together
 from llama.tokenizer import Tokenizer, load_tokenizer
-from lora import ALL_LINEAR, VARIANTS, Adapter
+from lora import ALL_LINEAR, LARGEST_RANK, VARIANTS, Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,8 @@ class Settings(DataSettings):
             ("batch_tokens", f"0, or --max_length {self.max_length} or more",
              self.batch_tokens == 0 or self.batch_tokens >= self.max_length),
             ("batch_tokens", "0 with --group_by_length", not (self.batch_tokens and self.group_by_length)),
-            ("lora_rank", "0 or more", self.lora_rank >= 0),
+            ("lora_rank", f"0 to {LARGEST_RANK}", 0 <= self.lora_rank <= LARGEST_RANK),
+            ("adapter", "a folder", self.adapter != ""),
             ("lora_rank", "0 with --adapter, which has its own", not (self.adapter and self.lora_rank)),
             ("lora_rank", "0 with --model tiny, whose random weights nobody else has",
              not (self.lora_rank and self.model == "tiny")),
@@ -124,7 +125,7 @@ class Settings(DataSettings):
              self.quantize == "none" or self.has_adapter),
             ("train_layers", "all with an adapter", self.train_layers == "all" or not self.has_adapter),
             ("train_layers", "all, or last:N and any of norm, lm_head, embed_tokens",
-             self.train_layers == "all" or all(re.fullmatch(r"last:[1-9]\d*|norm|lm_head|embed_tokens", part)
+             self.train_layers == "all" or all(re.fullmatch(r"last:[1-9][0-9]{0,5}|norm|lm_head|embed_tokens", part)
                                                for part in self.train_layers.split(","))),
             ("gradient_accumulation_steps", "1 or more", self.gradient_accumulation_steps >= 1),
             ("learning_rate", "more than 0", self.learning_rate is None or 0 < self.learning_rate < math.inf),
@@ -245,6 +246,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     binding |= {"steps": steps, "global_batch": schedule.per_step, "dtype": str(dtype), "data": settings.data,
                 "template": task.data.template.name, "fingerprint": data.fingerprint,
                 "bundled_sample": task.data.source.bundled_sample,
+                "base": pretrained.fingerprint(task.folder) if task.folder else None,
                 # As it reads back from JSON, where there are no tuples.
                 "lora": json.loads(json.dumps(asdict(task.adapter))) if task.adapter else None}
     _agree(binding, here)
@@ -318,7 +320,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
                 journal.write(step=done, held_out=after)
                 progress.write(f"step {done}: {_told(after)}")
         if last or (settings.save_every and done % settings.save_every == 0):
-            if not _all_finite(model, here):
+            if not all_finite(model):
                 raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole checkpoints: "
                                 f"{_newest(output) or 'none yet'}")
             checkpoint.save(output / "checkpoints", done, model, optimizer, binding, totals, settings.keep_checkpoints)
@@ -385,14 +387,6 @@ def train_step(
     if norm.isfinite():
         clip_gradients(model, norm, settings.max_grad_norm)
     return float(total) / labels, float(norm), labels
-
-
-def _all_finite(model: Llama, here: Ranks) -> bool:
-    """Whether no rank holds an infinity or NaN: such weights are never published. Collective."""
-    finite = all(bool(p.to_local().isfinite().all()) for p in sharded_parameters(model).values())
-    agreed = torch.tensor(int(finite), device=here.device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    return bool(agreed)
 
 
 def _newest(output: Path) -> Path | None:

@@ -17,6 +17,7 @@ An adapter is put on from outside; the model does not know. Its files are PEFT's
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from llama.parallel import build, ranks
 from llama.quantize import KINDS, QuantizedLinear, quantize
 from llama.slices import (
     WeightsError,
+    all_finite,
     appearing,
     first_rank,
+    inside,
     local_slice,
     read_tensors,
     region,
@@ -126,9 +129,13 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
     for name in linears.keys() & chosen:
         linear = linears[name]
         # As FSDP does to what it shards: another class over the same module. Its forward calls the base's own.
-        base = type(linear)
-        linear.__class__ = LoRALinear if base is nn.Linear else type(f"LoRA{base.__name__}", (LoRALinear, base), {})
+        linear.__class__ = _with_adapter(type(linear))
         linear.add_adapter(adapter)
+
+
+@cache  # one class for all linears of a kind: compiled code is shared by type
+def _with_adapter(base: type[nn.Linear]) -> type[LoRALinear]:
+    return LoRALinear if base is nn.Linear else type(f"LoRA{base.__name__}", (LoRALinear, base), {})
 
 
 def prepare(model: nn.Module, adapter: Adapter | None, kind: str) -> None:
@@ -208,7 +215,7 @@ def merge(model: nn.Module, quantized: str | None = None) -> None:
 # Files, in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-LARGEST_RANK = 1 << 16
+LARGEST_RANK, LARGEST_CONFIG = 1 << 16, 1 << 24
 
 
 def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
@@ -234,8 +241,14 @@ def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
 def read_adapter(folder: str | Path) -> Adapter:
     """What an adapter_config.json asks for. Raises UserError for what this code would compute otherwise."""
     path = Path(folder) / CONFIG
+    file = inside(Path(folder), CONFIG, ".json")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        about = json.loads(file.read_text(encoding="utf-8"))
+        switches = [about.get(name, False) for name in ("use_rslora", "use_dora")]
+        if not all(isinstance(value, bool | None) for value in switches):
+            raise ValueError(f"use_rslora, use_dora: {switches}"[:200])
         targets = about["target_modules"]
         adapter = Adapter(
             about["r"], about["lora_alpha"], about.get("lora_dropout", 0.0),
@@ -245,8 +258,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise ValueError(f"target_modules is the pattern {targets!r}, expected a list of names")
         numbers = (adapter.rank, adapter.alpha, adapter.dropout)
         fine = type(adapter.rank) is int and 0 < adapter.rank <= LARGEST_RANK and targets
-        fine = fine and all(isinstance(n, int | float) for n in numbers) and all(isinstance(t, str) for t in targets)
-        fine = fine and 0 <= adapter.dropout < 1 and math.isfinite(adapter.alpha)
+        fine = fine and all(type(n) in (int, float) for n in numbers) and all(isinstance(t, str) for t in targets)
+        fine = fine and 0 <= adapter.dropout < 1 and 0 < float(adapter.alpha) < math.inf
         if not fine:
             raise ValueError(f"r, lora_alpha, lora_dropout, target_modules: {(*numbers, adapter.targets)}"[:200])
     except OSError as error:
@@ -258,7 +271,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise UserError(f"{path}: {key} is {about[key]!r:.60}, expected {plain!r}")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules",
                 "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-                "kasa_config", "use_bdlora", "use_qalora"):
+                "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "arrow_config"):
         if about.get(key):
             raise UserError(f"{path}: {key} is {str(about[key])[:60]}, expected none: all targets are adapted alike")
     if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
@@ -299,6 +312,8 @@ class Settings(CheckedSettings):
 
 def main() -> None:
     settings = parse(Settings, description=__doc__)
+    if not Path(settings.output).name or Path(settings.output).exists():
+        raise UserError(f"--output {settings.output}: expected a name that is free")
     folder = find_model(settings.model)
     config_json, config, tokenizer = pretrained.open_folder(folder)
     adapter = read_adapter(settings.adapter)
@@ -307,6 +322,9 @@ def main() -> None:
         pretrained.load(model, folder)
         load(model, settings.adapter)
         merge(model, None if settings.quantize == "none" else settings.quantize)
+        if not all_finite(model, getattr(torch, settings.dtype)):
+            raise UserError(f"{settings.model} with {settings.adapter}: a weight is not finite in {settings.dtype}, so "
+                            "nothing was written")
         pretrained.export(model, Path(settings.output), config_json, tokenizer.files, getattr(torch, settings.dtype))
         if here.is_first:
             print(f"{settings.output}: {settings.model} with {settings.adapter} folded in")

@@ -94,11 +94,11 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
         index = f"{stem}.safetensors.index.json"
         if not os.path.lexists(folder / index):
             raise WeightsError(f"{folder}: has neither {files[0]} nor {index}")
-        file_of = _read_index(_inside(folder, index, ".json"))
+        file_of = _read_index(inside(folder, index, ".json"))
         files = sorted(set(file_of.values()))
     found, found_in = {}, {}
     for file in files:
-        path = _inside(folder, file, ".safetensors")
+        path = inside(folder, file, ".safetensors")
         try:
             opened = stack.enter_context(safe_open(path, framework="pt"))
             views = {name: opened.get_slice(name) for name in opened.keys()}
@@ -132,7 +132,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return file_of
 
 
-def _inside(folder: Path, name: str, suffix: str) -> Path:
+def inside(folder: Path, name: str, suffix: str) -> Path:
     """`folder/name` with links followed. Raises WeightsError unless that is a file of this very folder."""
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
         raise WeightsError(f"{folder}: the index names {_some([name])}, expected a plain *{suffix} file name")
@@ -356,6 +356,17 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
+
+
+def all_finite(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether no rank holds an infinity or NaN, also once in `dtype`: such weights are never published. Collective."""
+    floats = [p for p in sharded_parameters(model).values() if p.is_floating_point()]
+    finite = all(bool(local_slice(p)[0].to(dtype or p.dtype).isfinite().all()) for p in floats)
+    everyone = [finite]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, finite)
+    return all(everyone)
 
 
 def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:

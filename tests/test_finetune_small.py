@@ -365,7 +365,7 @@ def assert_refused(chosen: fsdp_train.Settings, expected: str) -> None:
 
 
 CONTRADICTIONS = [
-    ({"lora_rank": -1}, "--lora_rank -1: expected 0 or more"),
+    ({"lora_rank": -1}, "--lora_rank -1: expected 0 to 65536"),
     ({"lora_rank": 4, "adapter": "a"}, "--lora_rank 4: expected 0 with --adapter"),
     ({"lora_rank": 4, "model": "tiny"}, "--lora_rank 4: expected 0 with --model tiny"),
     ({"adapter": "a", "model": "tiny"}, "--adapter a: expected a pretrained --model"),
@@ -417,8 +417,8 @@ def test_what_does_not_fit_the_model_is_refused_before_a_folder_is_made(folders,
     made = partial(settings, data=data, output=tmp_path / "out")
     refusals = [
         (made(folders["untied"], train_layers="last:3"), "--train_layers last:3: the model has 2 layers"),
-        (made(folders["untied"], **LORA, lora_targets="q_proj,qkv_proj"), "--lora_targets qkv_proj: no such linear"),
-        (made(folders["untied"], **LORA, lora_targets=""), "--lora_targets : no such linear"),
+        (made(folders["untied"], **LORA, lora_targets="q_proj,qkv_proj"), "LoRA target 'qkv_proj': no such linear"),
+        (made(folders["untied"], **LORA, lora_targets=""), "LoRA target '': no such linear"),
         (made(folders["narrow"], **LORA, quantize="nf4"), "down_proj has 96 columns, expected a multiple of 64"),
         (made(folders["untied"], adapter=str(tmp_path / "nowhere")), "adapter_config.json: No such file or directory"),
     ]
