@@ -372,7 +372,8 @@ def train_step(
     """
     labels = sum(int(data.label_counts[part].sum()) for part in micro_batches if part)
     if labels == 0:
-        raise UserError(f"--data {settings.data}: examples {micro_batches[0][:5]} ... of one step hold no label")
+        examples = [i for part in micro_batches for i in part][:5]
+        raise UserError(f"--data {settings.data}: examples {examples} ... of one step hold no label")
     mine = micro_batches[here.rank :: here.world_size]
     total = torch.zeros((), device=here.device)
     for i, part in enumerate(mine):
