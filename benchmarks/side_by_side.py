@@ -20,7 +20,7 @@ BATCH, SEED, WARM_UP = 16, 0, 1
 
 
 def main(doc: str, data: str, sides: tuple[str, ...], lora_rank: int = 0) -> None:
-    """`sides`: of ours, ours-compile, trainer-fast, trainer-padded, trainer-like."""
+    """`sides`: of ours, ours-single, ours-compile, trainer-fast, trainer-padded, trainer-like."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="stories15m", help="a Hugging Face folder, or stories15m")
     parser.add_argument("--tokenizer", help="a 32,000-piece tokenizer.model for stories15m")
@@ -120,7 +120,8 @@ def ours(args: argparse.Namespace, data, batches: list[list[int]]) -> list[float
         optimizer = build_adamw(model, 2e-5, 0.0)
         for indices in batches:
             began = time.perf_counter()
-            train_step(settings, model, data, [indices], here)
+            single = args.side == "ours-single"
+            train_step(settings, model, data, [[i] for i in indices] if single else [indices], here)
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
