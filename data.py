@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama.chat import LAYOUTS, Chat, layout_of
-from llama.cli import CheckedSettings, parse, run, setting
+from llama.cli import CheckedSettings, is_local_first, parse, run, setting
 from llama.encoding import EncodedData, Renderer, encode_file
 from llama.errors import UserError, printable
 from llama.hub import download_dataset, find_model
@@ -260,11 +260,6 @@ def run_name(data: str) -> str:
     return os.path.basename(os.path.realpath(data)).partition(".")[0].replace(":", "-") or "data"
 
 
-def is_local_first() -> bool:
-    """Whether this is the one process of its machine that reports progress, known before processes have joined."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at them
 
@@ -288,8 +283,7 @@ def statistics(data: EncodedData) -> dict:
     return {
         "examples": len(data), "tokens": int(lengths.sum()), "labels": int(data.label_counts.sum()),
         "truncated": int(data.was_cut.sum()), "mean": float(lengths.mean()), "p50": float(np.median(lengths)),
-        "p95": float(np.percentile(lengths, 95)),
-        "max": int(lengths.max()),
+        "p95": float(np.percentile(lengths, 95)), "max": int(lengths.max()),
     }
 
 

@@ -20,15 +20,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import lora
-from data import BUNDLED_SAMPLE, NAMED, DataSettings, is_local_first, load
+from data import BUNDLED_SAMPLE, NAMED, DataSettings, load
 from llama import pretrained
 from llama.batches import deal, pack
-from llama.cli import parse, run, setting
+from llama.cli import is_local_first, parse, run, setting
 from llama.encoding import EncodedData, Renderer
 from llama.errors import UserError
 from llama.hub import find_model
 from llama.model import Llama
-from llama.parallel import Ranks, build, preferred_dtype, ranks
+from llama.parallel import Ranks, build, compute_dtype, ranks
 from llama.quantize import KINDS
 from llama.rows import DataError
 from llama.tokenizer import Tokenizer
@@ -134,8 +134,7 @@ def main() -> None:
     # A file that nothing names a split of is scored whole.
     whole = settings.data not in NAMED and Path(settings.data).is_file() and not settings.test_fraction
     split = "train" if whole else settings.split
-    found = load(replace(settings, test_fraction=0.0) if whole else settings, tokenizer,
-                 splits=(split,))
+    found = load(replace(settings, test_fraction=0.0) if whole else settings, tokenizer, splits=(split,))
     data = found.train if split == "train" else found.test
     if data is None:
         raise DataError(f"--split {split}: {settings.data} has no such part, only {', '.join(found.source.files)}")
@@ -155,7 +154,7 @@ def main() -> None:
     if metric == "perplexity":
         data = data.labelling_prompts()
     with ranks() as here:
-        dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
+        dtype = compute_dtype(settings.dtype, here.device)
         model = build(config, here, dtype, adapt=adapt)
         pretrained.load(model, folder)
         if adapter:

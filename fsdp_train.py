@@ -38,7 +38,7 @@ from llama.hub import find_model
 from llama.journal import Journal, choose_folder, draw_loss_curve
 from llama.model import Llama
 from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.parallel import Ranks, build, on_meta, preferred_dtype, ranks
+from llama.parallel import Ranks, build, compute_dtype, on_meta, ranks
 from llama.quantize import KINDS, bytes_per_weight
 from llama.slices import all_finite, together
 from llama.tokenizer import Tokenizer, load_tokenizer
@@ -233,7 +233,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
         raise UserError(f"--data {settings.data}: {len(data)} examples{packs}, fewer than one global batch of "
                         f"{schedule.per_step}")
     steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
-    dtype = getattr(torch, settings.dtype) if settings.dtype else preferred_dtype(here.device)
+    dtype = compute_dtype(settings.dtype, here.device)
     output, saved = _agreed_folder(settings, here)
     if settings.resume and not saved and ((output / "model").exists() or (output / "adapter").exists()):
         raise UserError(f"--resume: {output} has a result but no checkpoint to continue from, and a new start would "

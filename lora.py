@@ -97,7 +97,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W + s B A|| of each row (out), fp32."""
-        base = self.base_weight() if hasattr(self, "base_weight") else self.weight
+        base = self.base_weight() if isinstance(self, QuantizedLinear) else self.weight
         delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
         return torch.linalg.vector_norm(base.float() + self.scaling * delta, dim=1)
 

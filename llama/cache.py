@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama.rows import DataError
+from llama.slices import sync
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
@@ -35,9 +36,7 @@ def _publish(folder: Path, make: Callable[[Path], None], alone: bool) -> None:
         made.mkdir()
         make(made)
         for path in [*made.iterdir(), made]:  # on disk before it has its name: a power cut must not leave half of it
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            sync(path)
         made.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another machine has published the same content

@@ -61,6 +61,11 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
     return settings(**vars(parser.parse_args(argv)))
 
 
+def is_local_first() -> bool:
+    """Whether this is the one process of its machine that reports, known before processes have joined."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def run(main: Callable[[], None]) -> NoReturn | None:
     """Call `main`; a UserError becomes one line on stderr, once a machine, and exit status 2 on every rank.
 
@@ -72,7 +77,7 @@ def run(main: Callable[[], None]) -> NoReturn | None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_local_first():
             print("\n".join(error.lines), file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:  # whoever read our output has enough

@@ -90,8 +90,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies in it natively, fp32 where bf16 would be emulated, several times slower."""
+def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name. Without one, bf16 where the device multiplies in it natively, and fp32 where bf16 would
+    be emulated, several times slower."""
+    if name is not None:
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capable = getattr(torch.cpu, "get_capabilities", dict)()

@@ -162,4 +162,3 @@ def _hugging_face_parameters(model: Llama) -> dict[str, nn.Parameter]:
         ours = {name for name, _ in Llama(model.config).named_parameters()}
     parameters = {name: p for name, p in sharded_parameters(model).items() if name in ours}
     return {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in parameters.items()}
-

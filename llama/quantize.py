@@ -11,6 +11,7 @@ Rows stand alone in both, so any number of ranks can hold some of them, and read
 made whole again in the dtype of the input whenever they are multiplied with, one linear at a time.
 """
 
+from abc import ABC, abstractmethod
 from functools import cache
 
 import torch
@@ -27,7 +28,7 @@ NF4 = torch.tensor([
 MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, ABC):
     """y = x W^T + b, with W frozen and packed. Its parameters are integers, which no mixed-precision policy rounds."""
 
     def __init__(self, linear: nn.Linear):
@@ -39,19 +40,19 @@ class QuantizedLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
 
     @staticmethod
+    @abstractmethod
     def packed(in_features: int) -> dict[str, tuple[int, torch.dtype]]:
         """Name, width and dtype of what stands for a row; fp32 scales are kept as their 4 bytes."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def quantize_rows(rows: Tensor) -> dict[str, Tensor]:
         """rows (n, in_features), any float -> the packed tensors, n rows each."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def dequantize_rows(*packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The packed tensors in their order -> rows (n, in_features)."""
-        raise NotImplementedError
 
     @staticmethod
     def check(name: str, linear: nn.Linear) -> None:

@@ -49,7 +49,7 @@ class Rows:
     start: int
     count: int
     put: Callable[[int, Tensor], None]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # this and the next: what `read_tensors` asks of a tensor, too
     is_meta: bool = False
 
 

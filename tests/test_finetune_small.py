@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
+from sharded import here
 
 import evaluate
 import fsdp_train
@@ -23,7 +23,7 @@ from llama.errors import UserError
 from llama.model import Llama
 from llama.optim import build_adamw
 from llama.packed import PackedDocuments
-from llama.parallel import Ranks, build
+from llama.parallel import build
 
 TOKENIZER = Path(fsdp_train.__file__).parent / "assets" / "tiny" / "tokenizer.model"
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -82,12 +82,6 @@ def settings(model: Path, data: Path, output: Path, size: int = 1, **changes) ->
     base = dict(model=str(model), data=str(data), output=str(output), epochs=2.0, batch_size=8 // size, max_length=192,
                 max_steps=4, dtype="float32", eval_limit=8, learning_rate=1e-2)
     return fsdp_train.Settings(**(base | changes)).with_recipe(size)
-
-
-def here() -> Ranks:
-    world = dist.get_world_size()
-    return Ranks(dist.get_rank(), world, torch.device("cpu"), init_device_mesh("cpu", (world,),
-                                                                               mesh_dim_names=("shard",)))
 
 
 def in_workers(cache: Path, chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:

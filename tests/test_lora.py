@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from sharded import here, whole
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ from llama.errors import UserError
 from llama.model import Llama
 from llama.optim import build_adamw
 from llama.packed import PackedDocuments
-from llama.parallel import Ranks, build
+from llama.parallel import build
 from llama.quantize import KINDS, quantize
 from llama.slices import WeightsError, local_slice, region
 from lora import VARIANTS, Adapter, LoRALinear
@@ -39,16 +39,6 @@ CONFIGS = {"odd": ODD, "biased": BIASED, "blocks": BLOCKS}
 TOKENIZER = Path(lora.__file__).parent / "assets" / "tiny" / "tokenizer.model"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.randint(97, (23,), generator=torch.Generator().manual_seed(3))
-
-
-def here() -> Ranks:
-    world = dist.get_world_size()
-    return Ranks(dist.get_rank(), world, torch.device("cpu"), init_device_mesh("cpu", (world,),
-                                                                               mesh_dim_names=("shard",)))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 @pytest.fixture(scope="module")

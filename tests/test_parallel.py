@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from sharded import here, whole
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,20 +56,10 @@ def step_on(settings: Settings, model, indices: list[int], ranks: Ranks) -> tupl
     return train_step(settings, model, Data(), deal(indices, Data().lengths, parts, settings.batch_size), ranks)
 
 
-def here() -> Ranks:
-    world = dist.get_world_size()
-    return Ranks(dist.get_rank(), world, torch.device("cpu"), init_device_mesh("cpu", (world,),
-                                                                               mesh_dim_names=("shard",)))
-
-
 def built(config: ModelConfig = TIED, dtype: torch.dtype = torch.float32, **options) -> Llama:
     model = build(config, here(), dtype, **options)
     pretrained.initialize(model, seed=0)
     return model
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def trained(config: ModelConfig, settings: dict, steps: list, dtype: torch.dtype = torch.float32, **options):

@@ -7,11 +7,9 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from sharded import here, whole
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 import lora
 from llama import pretrained, slices
@@ -19,7 +17,7 @@ from llama.config import ModelConfig
 from llama.errors import UserError
 from llama.model import Llama
 from llama.packed import PackedDocuments
-from llama.parallel import Ranks, build
+from llama.parallel import build
 from llama.quantize import KINDS, NF4, bytes_per_weight, quantize
 from lora import Adapter
 
@@ -296,16 +294,6 @@ def test_a_width_that_does_not_divide_into_blocks_is_refused_in_one_line():
 
 
 # Loading and sharding
-
-
-def here() -> Ranks:
-    world = dist.get_world_size()
-    return Ranks(dist.get_rank(), world, torch.device("cpu"), init_device_mesh("cpu", (world,),
-                                                                               mesh_dim_names=("shard",)))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 @pytest.fixture(scope="module")
