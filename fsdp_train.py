@@ -16,8 +16,11 @@ import re
 import resource
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +35,21 @@ from llama import checkpoint, pretrained
 from llama.batches import Schedule, pack
 from llama.cli import parse, run, setting
 from llama.config import TINY, ModelConfig
+from llama.durable import replace_durably, together
 from llama.encoding import EncodedData
 from llama.errors import UserError
 from llama.hub import find_model
-from llama.journal import Journal, choose_folder, draw_loss_curve
+from llama.interruption import STOPPED, StopRequests
+from llama.journal import Journal, choose_folder, draw_loss_curve, held
 from llama.model import Llama
 from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.parallel import Ranks, build, compute_dtype, on_meta, ranks
 from llama.quantize import KINDS, bytes_per_weight
-from llama.slices import all_finite, together
+from llama.slices import all_finite
 from llama.tokenizer import Tokenizer, load_tokenizer
 from lora import ALL_LINEAR, LARGEST_RANK, VARIANTS, Adapter
+
+COUNTS = {"examples", "tokens", "labels", "seconds"}  # what a run adds up over its steps, resumed or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,12 @@ class Settings(DataSettings):
     eval_every: int | None = setting(None, "evaluate every N steps; 0, only before and after; for tiny its recipe's")
     eval_limit: int = setting(1000, "held-out examples to evaluate on, a fixed random choice; 0: all")
     save_every: int = setting(0, "save a checkpoint every N steps; 0: only at the end")
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep; -1: all")
-    resume: bool = setting(False, "continue the run in the output folder from its newest whole checkpoint")
+    async_save: bool = setting(False, "write checkpoints from a copy in the host's memory, while training goes on")
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, besides the one with the lowest held-out loss and "
+                                    "those in which somebody put a file named keep; -1: all")
+    resume: str | None = setting(None, "continue the run in the output folder from its newest checkpoint, or from the "
+                                 "one that is named, as step-100", bare="newest")
+    allow_changed: str = setting("", "settings, with commas, in which a resumed run may differ from its checkpoint's")
     log_every: int = setting(1, "write every Nth step to metrics.jsonl")
 
     def checks(self):
@@ -138,6 +149,9 @@ class Settings(DataSettings):
             ("eval_limit", "0 or more", self.eval_limit >= 0),
             ("save_every", "0 or more", self.save_every >= 0),
             ("keep_checkpoints", "1 or more, or -1", self.keep_checkpoints >= 1 or self.keep_checkpoints == -1),
+            ("resume", "nothing after it, or step-N", self.resume is None or bool(
+                re.fullmatch(r"newest|step-\d{1,9}", self.resume))),
+            ("allow_changed", "--resume with it", not self.allow_changed or self.resume is not None),
             ("log_every", "1 or more", self.log_every >= 1),
         ]
 
@@ -169,15 +183,19 @@ class Task:
     adapter: Adapter | None
 
 
+def open_model(name: str, max_length: int = 0) -> tuple[Path | None, dict, ModelConfig, Tokenizer]:
+    """What --model names: its folder (none for tiny), its config.json, its shape and its tokenizer."""
+    if name != "tiny":
+        folder = find_model(name)
+        return folder, *pretrained.open_folder(folder, max_length)
+    tokenizer = load_tokenizer(TINY_TOKENIZER)
+    pretrained.check_fit(TINY, tokenizer, max_length)
+    return None, TINY.to_dict() | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}, TINY, tokenizer
+
+
 def prepare(settings: Settings) -> Task:
     """Read, check and encode everything. Each process does this alone: nobody waits in a collective for it."""
-    if settings.model == "tiny":
-        folder, config, tokenizer = None, TINY, load_tokenizer(TINY_TOKENIZER)
-        pretrained.check_fit(config, tokenizer, settings.max_length)
-        config_json = config.to_dict() | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    else:
-        folder = find_model(settings.model)
-        config_json, config, tokenizer = pretrained.open_folder(folder, settings.max_length)
+    folder, config_json, config, tokenizer = open_model(settings.model, settings.max_length)
     # The tiny preset belongs to the bundled sample: nothing is downloaded for it.
     data = load(settings, tokenizer, use_hub=folder is not None or settings.data != "imdb")
     if data.train is None:
@@ -190,15 +208,16 @@ def prepare(settings: Settings) -> Task:
     elif settings.lora_rank:
         adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_variant,
                           tuple(settings.lora_targets.split(",")))
-    on_meta(config, torch.float32, lambda model: adapt(model, settings, adapter))  # refuses what does not fit
+    # Refuses what does not fit.
+    on_meta(config, torch.float32, lambda model: adapt(model, settings.quantize, settings.train_layers, adapter))
     return Task(config, config_json, folder, tokenizer, data, train, words, adapter)
 
 
-def adapt(model: Llama, settings: Settings, adapter: Adapter | None) -> None:
+def adapt(model: Llama, quantize: str, train_layers: str, adapter: Adapter | None) -> None:
     """Quantise, put the adapter on, freeze: what is to be done to a model before it is sharded."""
-    lora.prepare(model, adapter, settings.quantize)
-    if settings.train_layers != "all":
-        train_only(model, settings.train_layers.split(","))
+    lora.prepare(model, adapter, quantize)
+    if train_layers != "all":
+        train_only(model, train_layers.split(","))
 
 
 def train_only(model: Llama, parts: list[str]) -> None:
@@ -221,11 +240,30 @@ def train_only(model: Llama, parts: list[str]) -> None:
         getattr(model, name).requires_grad_(True)
 
 
-def train(settings: Settings, task: Task, here: Ranks) -> None:
-    """The whole run, from empty shards to the exported model."""
-    began = time.perf_counter()
-    data, say = task.train, print if here.is_first else _nothing
-    parts = settings.gradient_accumulation_steps * here.world_size
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks have agreed on before anything is built."""
+
+    schedule: Schedule
+    steps: int
+    dtype: torch.dtype
+    binding: dict  # what a resumed run must share with the one it continues
+    output: Path
+    saved: Path | None  # the checkpoint to continue from
+    manifest: checkpoint.Manifest | None  # what it says of itself
+
+    @property
+    def first_step(self) -> int:
+        return self.manifest.step if self.manifest else 0
+
+
+def make_plan(settings: Settings, task: Task, here: Ranks, holding: ExitStack) -> Plan:
+    """Choose the batches and the run's folder, which `holding` keeps from other processes. Collective.
+
+    Raises UserError, on every rank, for data that do not fill a batch, a folder that is taken, and a checkpoint that is
+    damaged or was made with other settings.
+    """
+    data, parts = task.train, settings.gradient_accumulation_steps * here.world_size
     schedule = Schedule(data.lengths, settings.epochs, parts, settings.batch_size, settings.batch_tokens,
                         settings.group_by_length, settings.seed)
     if schedule.units < schedule.per_step:
@@ -234,11 +272,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
                         f"{schedule.per_step}")
     steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
     dtype = compute_dtype(settings.dtype, here.device)
-    output, saved = _agreed_folder(settings, here)
-    if settings.resume and not saved and ((output / "model").exists() or (output / "adapter").exists()):
-        raise UserError(f"--resume: {output} has a result but no checkpoint to continue from, and a new start would "
-                        "replace it")
-    # What a resumed run must share with the one it continues; ranks and micro-batches may differ.
+    # Ranks and micro-batches may differ from the checkpoint's: the global batches are the same.
     binding = {name: getattr(settings, name) for name in (
         "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
         "beta2", "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length", "optimizer", "quantize",
@@ -250,14 +284,52 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
                 # As it reads back from JSON, where there are no tuples.
                 "lora": json.loads(json.dumps(asdict(task.adapter))) if task.adapter else None}
     _agree(binding, here)
-    first_step, totals = 0, {"examples": 0, "tokens": 0, "labels": 0, "seconds": 0.0}
+    output, saved, manifest = _from_first_rank(here, lambda: _choose_folder(settings, binding, here, holding))
+    return Plan(schedule, steps, dtype, binding, output, saved, manifest)
+
+
+def _choose_folder(
+    settings: Settings, binding: dict, here: Ranks, holding: ExitStack
+) -> tuple[Path, Path | None, checkpoint.Manifest | None]:
+    """The run's folder and the checkpoint to continue from. Rank 0 looks and decides: two that look might see
+    different things."""
+    resume, name = settings.resume, f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
+    if here.store and here.store.check(["output"]):  # an attempt before this one, which torchrun has started again
+        output = Path(here.store.get("output").decode())
+        resume = "newest" if (output / "run.json").is_file() else None
+    else:
+        output = choose_folder(settings.output, name, bool(resume))
+        if here.store:
+            here.store.set("output", str(output))
+    holding.enter_context(held(output))
+    saved = checkpoint.choose(output / "checkpoints", resume) if resume else None
+    if resume and not saved and ((output / "model").exists() or (output / "adapter").exists()):
+        raise UserError(f"--resume: {output} has a result but no checkpoint to continue from, and a new start would "
+                        "replace it")
+    manifest = checkpoint.read_manifest(saved) if saved else None
     if saved:
-        first_step, totals = checkpoint.read_state(saved, binding)
+        checkpoint.compare(saved, manifest.settings, binding, settings.allow_changed)
+        if counts := COUNTS ^ manifest.totals.keys():
+            raise UserError(f"{saved}: its manifest has other counts than {', '.join(sorted(COUNTS))}: {min(counts)}")
+    return output, saved, manifest
+
+
+def train(settings: Settings, task: Task, here: Ranks) -> None:
+    """The whole run, from empty shards to the exported model."""
+    with ExitStack() as holding:
+        _train(settings, task, here, make_plan(settings, task, here, holding))
+
+
+def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
+    began, say = time.perf_counter(), print if here.is_first else _nothing
+    output, steps, first_step = plan.output, plan.steps, plan.first_step
     if first_step == steps and (output / "summary.json").exists():
         return say(f"{output} is finished already, after step {steps} of {steps}")
 
-    model = build(task.config, here, dtype, settings.sharding == "full", settings.activation_checkpointing == "full",
-                  settings.compile, lambda model: adapt(model, settings, task.adapter), settings.cpu_offload)
+    model = build(task.config, here, plan.dtype, settings.sharding == "full",
+                  settings.activation_checkpointing == "full", settings.compile,
+                  lambda model: adapt(model, settings.quantize, settings.train_layers, task.adapter),
+                  settings.cpu_offload)
     if task.folder is None:
         pretrained.initialize(model, settings.seed)
     else:
@@ -267,11 +339,13 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
     elif task.adapter:
         lora.initialize(model, settings.seed)
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
-    if saved:
-        checkpoint.load(saved, model, optimizer, first_step)
-    _announce(settings, task, here, model, binding, schedule.imbalance(here.world_size), output, say)
-    if settings.resume:
-        say(f"resuming after step {first_step} of {steps} in {output}" + ("" if saved else " (it has no checkpoint)"))
+    if plan.saved:
+        checkpoint.verify(plan.saved, plan.manifest)
+        checkpoint.load(plan.saved, model, optimizer, first_step)
+        with together(plan.saved):
+            for moved in checkpoint.set_aside(plan.saved.parent, first_step) if here.is_first else []:
+                say(f"{moved}: set aside, it was after step {first_step}")
+    _announce(settings, task, here, model, plan, say)
     journal = Journal(output, first_step) if here.is_first else None
 
     def held_out() -> dict:  # the loss of answers, also with --train_on_prompt
@@ -283,51 +357,78 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
 
     before = next((line["held_out"] for line in journal.lines if line["step"] == 0), {}) if journal else {}
     if first_step == 0:
-        before = after = held_out()
+        before = held_out()
         if journal and before:
             journal.write(step=0, held_out=before)
         say(f"before training: {_told(before)}")
-    model.train()
-    progress = tqdm(total=steps, initial=first_step, unit=" steps", disable=not here.is_first)
-    for step in range(first_step, steps):
-        step_began = time.perf_counter()
-        micro_batches = schedule.micro_batches(step)
-        # Dropout, too, is a function of the step: a resumed run needs no generator's state.
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, here.rank)).generate_state(1)[0]))
-        indices = [i for part in micro_batches for i in part]
-        loss, norm, labels = train_step(settings, model, data, micro_batches, here)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the weights were left "
-                            f"as they were; whole checkpoints: {_newest(output) or 'none yet'}")
-        rate = learning_rate(step, steps, settings.learning_rate, settings.lr_schedule, settings.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds, tokens = time.perf_counter() - step_began, int(data.lengths[indices].sum())
-        for name, count in (("examples", len(indices)), ("tokens", tokens), ("labels", labels), ("seconds", seconds)):
-            totals[name] += count
-        last, done = step + 1 == steps, step + 1
-        if journal and (done % settings.log_every == 0 or last):
-            journal.write(step=done, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
-                          examples_per_second=len(indices) / seconds, tokens_per_second=tokens / seconds,
-                          peak_memory_bytes=_peak_memory(here.device), seconds=seconds)
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if last or (settings.eval_every and done % settings.eval_every == 0):
-            after = held_out()
-            if journal and after:
-                journal.write(step=done, held_out=after)
-                progress.write(f"step {done}: {_told(after)}")
-        if last or (settings.save_every and done % settings.save_every == 0):
-            if not all_finite(model):
-                raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole checkpoints: "
-                                f"{_newest(output) or 'none yet'}")
-            checkpoint.save(output / "checkpoints", done, model, optimizer, binding, totals, settings.keep_checkpoints)
-    progress.close()
+    saver = checkpoint.Saver(output / "checkpoints", settings.keep_checkpoints, settings.async_save)
+    try:
+        after, totals = run_steps(settings, task, here, plan, model, optimizer, journal, saver, held_out)
+    finally:  # also a run that has to stop publishes what it has begun to save
+        saver.wait()
     if first_step == steps:
         after = held_out()
     _finish(settings, task, here, model, output, steps, totals, before, after, journal, began)
+
+
+def run_steps(
+    settings: Settings, task: Task, here: Ranks, plan: Plan, model: Llama, optimizer: torch.optim.Optimizer,
+    journal: Journal | None, saver: checkpoint.Saver, held_out: Callable[[], dict],
+) -> tuple[dict, dict]:
+    """Every optimizer step that is still to be done. Returns the last evaluation, and what the run has counted.
+
+    Raises UserError for a loss or weight that is not finite; SystemExit with status STOPPED, once a checkpoint is
+    there, when a signal asked for it.
+    """
+    data, steps, output, after = task.train, plan.steps, plan.output, {}
+    totals = dict(plan.manifest.totals) if plan.manifest else dict.fromkeys(COUNTS, 0)
+    model.train()
+    progress = tqdm(total=steps, initial=plan.first_step, unit=" steps", disable=not here.is_first)
+    with progress, StopRequests() as stop_requests:
+        for step in range(plan.first_step, steps):
+            step_began = time.perf_counter()
+            micro_batches = plan.schedule.micro_batches(step)
+            # Dropout, too, is a function of the step: a resumed run needs no generator's state.
+            torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, here.rank)).generate_state(1)[0]))
+            indices = [i for part in micro_batches for i in part]
+            loss, norm, labels = train_step(settings, model, data, micro_batches, here)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the weights were "
+                                f"left as they were; whole checkpoints: {_newest(output) or 'none yet'}")
+            rate = learning_rate(step, steps, settings.learning_rate, settings.lr_schedule, settings.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds, tokens = time.perf_counter() - step_began, int(data.lengths[indices].sum())
+            for name, count in (("examples", len(indices)), ("tokens", tokens), ("labels", labels),
+                                ("seconds", seconds)):
+                totals[name] += count
+            last, done = step + 1 == steps, step + 1
+            if journal and (done % settings.log_every == 0 or last):
+                journal.write(step=done, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
+                              examples_per_second=len(indices) / seconds, tokens_per_second=tokens / seconds,
+                              peak_memory_bytes=_peak_memory(here.device), seconds=seconds)
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            stop, after = None if last else stop_requests.agreed(), {}
+            if last or (not stop and settings.eval_every and done % settings.eval_every == 0):
+                after = held_out()
+                if journal and after:
+                    journal.write(step=done, held_out=after)
+                    progress.write(f"step {done}: {_told(after)}")
+            if last or stop or (settings.save_every and done % settings.save_every == 0):
+                if not all_finite(model):
+                    raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole "
+                                    f"checkpoints: {_newest(output) or 'none yet'}")
+                saver.save(done, model, optimizer, plan.binding, totals, after)
+            if stop:
+                saver.wait()
+                if journal:
+                    progress.write(f"{stop}: saved and stopped after step {done} of {steps}; continue with --resume "
+                                   f"--output {output}")
+                raise SystemExit(STOPPED)
+    return after, totals
 
 
 def _finish(
@@ -355,8 +456,8 @@ def _finish(
             "train_seconds": seconds, "total_seconds": time.perf_counter() - began, **speed,
             "peak_memory_bytes": int(peak), "before": before, "after": after,
         }
-        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.data.source)}")
+        replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # the last: the run is over
         print(f"before: {_told(before)}\nafter:  {_told(after)}")
         print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
               f"{result}/, loss.png, metrics.jsonl and summary.json are in {output}")
@@ -395,15 +496,12 @@ def _newest(output: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _agreed_folder(settings: Settings, here: Ranks) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to continue from. Rank 0 looks and decides: two ranks that look might see
-    different things."""
-    name = f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
+def _from_first_rank(here: Ranks, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on rank 0, on every rank; where it raises a UserError there, all raise it. Collective."""
     answer = [None]
     if here.is_first:
         try:
-            folder = choose_folder(settings.output, name, settings.resume)
-            answer = [(folder, _newest(folder) if settings.resume else None)]
+            answer = [decide()]
         except UserError as error:
             answer = [error]
     dist.broadcast_object_list(answer)
@@ -423,10 +521,9 @@ def _agree(binding: dict, here: Ranks) -> None:
             raise UserError(f"ranks 0 and {rank} do not agree: {told}; expected the same files and versions everywhere")
 
 
-def _announce(
-    settings: Settings, task: Task, here: Ranks, model: Llama, binding: dict, imbalance: float, output: Path, say
-) -> None:
+def _announce(settings: Settings, task: Task, here: Ranks, model: Llama, plan: Plan, say) -> None:
     """Print and save what this run is, with every default resolved."""
+    binding, output, imbalance = plan.binding, plan.output, plan.schedule.imbalance(here.world_size)
     resolved = asdict(settings) | {k: binding[k] for k in ("template", "dtype", "steps", "global_batch")}
     if task.adapter:
         resolved |= {f"lora_{name}": value for name, value in binding["lora"].items()}
@@ -439,7 +536,7 @@ def _announce(
                 "bad_rows": task.data.bad_row_count,
                 "held_out": task.data.held_out, "imbalance": round(imbalance, 5)}
         about = {"settings": resolved, "examples": data, "versions": versions}
-        (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        replace_durably(output / "run.json", json.dumps(about, indent=2) + "\n")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = bytes_per_weight(model)
     say(f"{trained:,} trainable parameters" + (f"; frozen linears at {packed:.3f} bytes a weight" if packed else ""))
@@ -450,6 +547,12 @@ def _announce(
         say(f"{task.data.bad_row_count} bad rows were left out, the first: {task.data.bad_rows[0]}")
     say(f"{len(train)} examples of {train.lengths.mean():.0f} tokens, {train.was_cut.mean():.1%} of them cut; the rank "
         f"with the most tokens has {imbalance:.2%} more than the mean")
+    for left_over in sorted((output / "checkpoints").glob("step-*.tmp")):
+        say(f"{left_over}: was not finished, and is left out")
+    if plan.saved:
+        say(f"resuming after step {plan.first_step} of {plan.steps} in {output}")
+    elif settings.resume:
+        say(f"resuming after step 0 of {plan.steps} in {output} (it has no checkpoint)")
 
 
 def _named(source: Source) -> str:
@@ -468,6 +571,34 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def export_checkpoint(saved: Path, out: Path) -> None:
+    """Write what the run would have left, had it ended with this checkpoint: a model that transformers opens, or an
+    adapter that PEFT does. Needs the model that the run began with, too, for its tokenizer and what was frozen."""
+    manifest = checkpoint.read_manifest(saved)
+    try:
+        binding = manifest.settings
+        name, quantize, train_layers, base = (binding[key] for key in ("model", "quantize", "train_layers", "base"))
+        kind = binding["lora"]
+        adapter = Adapter(**kind | {"targets": tuple(kind["targets"])}) if kind else None
+        folder, config_json, config, tokenizer = open_model(name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{saved}: its manifest does not say what the run was ({error!r:.100})") from None
+    if folder and pretrained.fingerprint(folder) != base:
+        raise UserError(f"{saved}: the run began with other weights than those that are at {folder} now")
+    with ranks() as here:
+        checkpoint.verify(saved, manifest)
+        model = build(config, here, torch.float32, adapt=lambda model: adapt(model, quantize, train_layers, adapter))
+        if train_layers != "all":
+            pretrained.load(model, folder)
+        checkpoint.load(saved, model, None, manifest.step)
+        if adapter:
+            lora.save(model, out, adapter, name)
+        else:
+            pretrained.export(model, out, config_json, tokenizer.files)
+        if here.is_first:
+            print(f"{out}: {'the adapter' if adapter else 'the model'} after step {manifest.step}")
 
 
 def _nothing(*_) -> None:

@@ -27,23 +27,19 @@ from torch.nn import functional as F
 
 from llama import pretrained
 from llama.cli import CheckedSettings, parse, run, setting
-from llama.errors import UserError
+from llama.durable import appearing, first_rank, together, write_durably
+from llama.errors import UserError, WeightsError
 from llama.hub import find_model
 from llama.parallel import build, ranks
 from llama.quantize import KINDS, QuantizedLinear, quantize
 from llama.slices import (
-    WeightsError,
     all_finite,
-    appearing,
-    first_rank,
     inside,
     local_slice,
     read_tensors,
     region,
     seeded_generator,
     sharded_parameters,
-    together,
-    write_durably,
     write_tensors,
 )
 

@@ -3,94 +3,287 @@
     checkpoints/step-000100/
         model.safetensors         trainable weights in fp32, under Hugging Face names without the prefix
         optimizer.safetensors     both moments of AdamW
-        state.json                step, and what the run must agree with to continue from here
+        manifest.json             step, counts, size and digest of each file, what a resumed run must share
 
 Every rank writes its own slices into shared files under a temporary name; when all are on disk, rank 0 renames the
 folder. Files hold whole tensors, so they can be read back by any number of ranks; and nothing in them is a pickle.
+
+    python -m llama.checkpoint list RUN                      what is there
+    python -m llama.checkpoint verify RUN                    is it whole: reads every byte
+    python -m llama.checkpoint export RUN OUT [--step NAME]  what the run would have left, had it ended there
 """
 
+import hashlib
 import json
+import math
 import re
 import shutil
+import threading
 import warnings
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.errors import UserError
+from llama.cli import Parser, run
+from llama.durable import digests, first_rank, sync, together, write_durably
+from llama.errors import UserError, WeightsError, one_line
 from llama.optim import optimizer_tensors, set_optimizer_step
-from llama.slices import first_rank, read_tensors, sharded_parameters, sync, together, write_durably, write_tensors
+from llama.slices import Part, inside, read_tensors, sharded_parameters, write_tensors
 
-NAME = re.compile(r"step-(\d{6,})")
+NAME = re.compile(r"step-(\d{6,9})")
+MANIFEST = "manifest.json"
+PIN = "keep"  # a file of this name in a checkpoint's folder, which anybody may put there, saves it from deletion
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be continued from."""
 
 
+# What is there
+
+
 def published(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first. A name still being written ends differently."""
+    """The checkpoints in `folder`, oldest first. The name of one that is still being written ends differently."""
     found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, totals: dict, keep: int
-) -> Path:
-    """Write `folder/step-NNNNNN` and drop all but the newest `keep` (-1: keep all). Collective.
+def step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
-    `settings` are what a run must share to continue from here, `totals` what it has counted so far. Raises
-    WeightsError, on every rank, when any rank cannot write; then nothing has been published or dropped.
+
+def choose(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint to continue from: the "newest" if there is any, or the one that is named, as step-100.
+
+    A newest one that is damaged is refused when it is read: only its user can decide to go back. Raises
+    CheckpointError where the named one is not there.
     """
-    target = folder / f"step-{step:06d}"
-    written = target.with_suffix(".tmp")
-    with together(written):
-        if first_rank():
-            for left_over in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:  # by a run that died here
-                shutil.rmtree(left_over)
-            written.mkdir(parents=True)
-    weights = _trainable(model)
-    write_tensors(weights, written, "model")
-    write_tensors(optimizer_tensors(weights, optimizer), written, "optimizer")
-    with together(written):
-        if first_rank():
-            state = {"step": step, "ranks": dist.get_world_size(), "settings": settings, "totals": totals}
-            write_durably(written / "state.json", json.dumps(state, indent=2) + "\n")
-            sync(written)
-            written.rename(target)
-            sync(folder)
-            for old in published(folder)[:-keep] if keep > 0 else []:
-                _delete(old)
-    return target
+    found = published(folder)
+    if wanted == "newest":
+        return found[-1] if found else None
+    named = re.fullmatch(r"step-(\d{1,9})", wanted)
+    chosen = [path for path in found if named and step_of(path) == int(named[1])]
+    if not chosen:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{folder}: has no checkpoint {wanted!r:.40}; expected one of these: {names}")
+    return chosen[0]
 
 
-def read_state(path: Path, settings: dict) -> tuple[int, dict]:
-    """The step of a checkpoint and what its run had counted by then.
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
 
-    Raises CheckpointError, naming each difference, when it was made with other `settings`.
+    `settings` are what a run must share to continue from here, `totals` what it has counted so far, `held_out` how
+    it did on held-out data at this step (empty: not measured), `files` size and digest of each.
     """
+
+    step: int
+    ranks: int
+    settings: dict
+    totals: dict
+    held_out: dict
+    files: dict
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises CheckpointError for a file that is missing, damaged, or of another checkpoint."""
+    where = path / MANIFEST
     try:
-        state = json.loads((path / "state.json").read_text())
-        saved, totals = dict(state["settings"]), dict(state["totals"])
-        if state["step"] != (step := int(NAME.fullmatch(path.name)[1])):
-            raise ValueError(f"step {state['step']!r:.40}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: not the state of this checkpoint ({error})") from None
+        if inside(path, MANIFEST, ".json").stat().st_size > 64 * 2**20:
+            raise ValueError("longer than 64 MiB")
+        content = json.loads(where.read_text(encoding="utf-8"))
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("its own digest differs")
+        found = Manifest(**content)
+        typed = {"step": int, "ranks": int, "settings": dict, "totals": dict, "held_out": dict, "files": dict}
+        if wrong := [name for name, kind in typed.items() if type(getattr(found, name)) is not kind]:
+            raise TypeError(f"{wrong[0]} is not of its kind")
+        numbers = [*found.totals.values(), *found.held_out.values()]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("a count is not a number")
+        if found.step != step_of(path):
+            raise ValueError(f"step {found.step!r:.40}")
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; {_older_than(path)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: damaged ({one_line(error)}); {_older_than(path)}") from None
+    return found
+
+
+def compare(path: Path, saved: dict, settings: dict, allowed: str = "") -> None:
+    """Raises CheckpointError, naming each difference, where a run's settings are not those of the checkpoint.
+
+    `allowed`: names of settings, with commas, that may differ.
+    """
+    tolerated = set(filter(None, allowed.split(",")))
+    if unknown := tolerated - settings.keys():
+        raise CheckpointError(f"--allow_changed {','.join(sorted(unknown))!r:.100}: expected names among "
+                              f"{', '.join(sorted(settings))}")
     differing = [f"{k} was {saved.get(k)!r}, is {settings.get(k)!r}"
-                 for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
+                 for k in sorted((saved.keys() | settings.keys()) - tolerated) if saved.get(k) != settings.get(k)]
     if differing:
         raise CheckpointError(f"{path}: made with other settings: {'; '.join(differing)}")
-    return step, totals
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def verify(path: Path, manifest: Manifest) -> None:
+    """Read every file of a checkpoint and compare it with the manifest. Collective; ranks share the work.
+
+    Raises CheckpointError, on every rank, naming the file that is missing, cut, changed or too much.
+    """
+    try:
+        with together(path):
+            for name in manifest.files if first_rank() else []:  # others may see them late
+                inside(path, name, "")
+            more = {p.name for p in path.iterdir() if ".safetensors" in p.name} - manifest.files.keys()
+            if more:
+                raise WeightsError(f"{path / min(more)}: not in the manifest")
+        found = digests(path, sorted(manifest.files))
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; {_older_than(path)}") from None
+    for name, expected in manifest.files.items():
+        if found[name] != expected:
+            told = "; expected ".join(f"{of['bytes']:,} bytes, digest {of['sha256'][:12]}" if isinstance(of, dict)
+                                      and {"bytes", "sha256"} == of.keys() else "its size and digest"
+                                      for of in (found[name], expected))
+            raise CheckpointError(f"{path / name}: damaged: {told}; {_older_than(path)}")
+
+
+def _older_than(path: Path) -> str:
+    older = [p.name for p in published(path.parent) if step_of(p) < step_of(path)]
+    return f"to continue from the one before it: --resume {older[-1]}" if older else "there is no older checkpoint"
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# Reading and writing
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int) -> None:
     """Fill model and optimizer from a checkpoint of `step` updates, written by any number of ranks."""
     weights = _trainable(model)
     read_tensors(weights, path, "model")
-    read_tensors(optimizer_tensors(weights, optimizer), path, "optimizer")
-    set_optimizer_step(optimizer, step)
+    if optimizer:
+        read_tensors(optimizer_tensors(weights, optimizer), path, "optimizer")
+        set_optimizer_step(optimizer, step)
+
+
+class Saver:
+    """Saves the checkpoints of one run: while it waits, or from a copy in the host's memory while it goes on."""
+
+    def __init__(self, folder: Path, keep: int, in_background: bool = False):
+        """`keep`: how many of the newest stay (-1: all); the best by held-out loss and pinned ones stay besides."""
+        self.folder, self.keep, self.in_background = folder, keep, in_background
+        # Collectives of two threads would take each other's messages.
+        self.group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, totals: dict,
+        held_out: dict | None = None,
+    ) -> None:
+        """Write `folder/step-NNNNNN`. Collective. Waits for the save before it, which is published first.
+
+        Raises WeightsError, on every rank, when any rank cannot write; then nothing has been published or deleted. In
+        the background that is raised by the next `save` or `wait`.
+        """
+        self.wait()
+        weights = _trainable(model)
+        tensors = {"model": weights, "optimizer": optimizer_tensors(weights, optimizer)}
+        parts = {stem: {name: Part.of(t) for name, t in of.items()} for stem, of in tensors.items()}
+        about = {"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1, "settings": settings,
+                 "totals": dict(totals),
+                 "held_out": {name: value for name, value in (held_out or {}).items() if math.isfinite(value)}}
+        if not self.in_background:
+            _write(self.folder, parts, about, self.keep)
+            return
+        copies = {stem: {name: part.copied() for name, part in of.items()} for stem, of in parts.items()}
+        # A daemon: a process that has to end does not wait for it.
+        self.thread = threading.Thread(target=self._write, args=(copies, about), daemon=True)
+        self.thread.start()
+
+    def _write(self, copies: dict, about: dict) -> None:
+        try:
+            _write(self.folder, copies, about, self.keep, self.group)
+        except Exception as error:
+            self.error = error
+            warnings.warn(f"step {about['step']} was not saved, the run will stop at the next save: {one_line(error)}",
+                          stacklevel=1)
+
+    def wait(self) -> None:
+        """Return when all that was to be saved is published. Raises what kept it from being."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+def _write(folder: Path, parts: dict, about: dict, keep: int, group: dist.ProcessGroup | None = None) -> None:
+    target = folder / f"step-{about['step']:06d}"
+    written = target.with_suffix(".tmp")
+    with together(written, group):
+        if first_rank():
+            if target.exists():
+                raise CheckpointError(f"{target}: exists already, and is never overwritten")
+            for left_over in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:  # by a run that died here
+                shutil.rmtree(left_over)
+            written.mkdir(parents=True)
+    for stem, tensors in parts.items():
+        write_tensors(tensors, written, stem, group=group)
+    with together(written, group):
+        names = sorted(path.name for path in written.iterdir())
+    files = digests(written, names, group)
+    with together(written, group):
+        if first_rank():
+            content = about | {"files": files}
+            content = json.loads(json.dumps(content))  # as it reads back: no tuples, and no keys but strings
+            text = json.dumps(content | {"sha256": _digest(content)}, indent=2)
+            write_durably(written / MANIFEST, text + "\n")
+            sync(written)
+            written.rename(target)
+            sync(folder)
+            for old in _superfluous(folder, keep):
+                _delete(old)
+
+
+def _superfluous(folder: Path, keep: int) -> list[Path]:
+    """All but the newest `keep`, the best and the pinned ones."""
+    found = published(folder)
+    if keep == -1:
+        return []
+    kept = {*found[-keep:], best(found)}
+    return [path for path in found if path not in kept and not (path / PIN).exists()]
+
+
+def best(found: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss among those where it was measured, the later one of equals."""
+    losses = {}
+    for path in found:
+        try:
+            held_out = read_manifest(path).held_out
+        except CheckpointError:
+            continue  # it is told when somebody wants to use it
+        if "loss" in held_out:
+            losses[path] = held_out["loss"]
+    return min(reversed(losses), key=losses.get, default=None)
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run that goes back to it will write anew. Rank 0 only."""
+    moved = []
+    for path in published(folder):
+        if step_of(path) > step:
+            names = (path.with_suffix(f".aside{n or ''}") for n in range(10_000))
+            moved.append(path.rename(next(name for name in names if not name.exists())))
+    return moved
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -105,3 +298,72 @@ def _delete(path: Path) -> None:
         shutil.rmtree(doomed)
     except OSError as error:
         warnings.warn(f"{path}: could not be deleted ({error.strerror})", stacklevel=2)
+
+
+# The command
+
+
+def listing(folder: Path) -> str:
+    """A line for each checkpoint of a run: its name, size, held-out loss, and what keeps it."""
+    found = published(folder / "checkpoints")
+    lines = []
+    for path in found:
+        marks = [word for word, marked in (("newest", path == found[-1]), ("best", path == best(found)),
+                                           ("pinned", (path / PIN).exists())) if marked]
+        try:
+            manifest = read_manifest(path)
+            size = sum(file["bytes"] for file in manifest.files.values())
+            told = [f"{size / 1e6:,.1f} MB", f"written by {manifest.ranks} ranks",
+                    *(f"{name} {value:.4g}" for name, value in manifest.held_out.items()), *marks]
+        except (CheckpointError, LookupError, TypeError) as error:
+            told = [one_line(error)]
+        lines.append(f"{path.name}  {'  '.join(told)}")
+    others = sorted(path.name for path in (folder / "checkpoints").glob("step-*") if path not in found)
+    return "\n".join([*lines, *(f"{name}  not a checkpoint: unfinished or set aside" for name in others)])
+
+
+def main() -> None:
+    parser = Parser(prog="python -m llama.checkpoint", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, help_text in (("list", "what is there"), ("verify", "is it whole: reads every byte"),
+                            ("export", "write what the run would have left, had it ended there")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("run", type=Path, help="the run's folder")
+        if name == "export":
+            command.add_argument("out", type=Path, help="the folder to make")
+        if name != "list":
+            command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")
+    asked = parser.parse_args()
+    found = published(asked.run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{asked.run}: has no checkpoint")
+    if asked.command == "list":
+        print(listing(asked.run))
+        return
+    if asked.step == "best":
+        chosen = [best(found)]
+        if chosen == [None]:
+            raise CheckpointError(f"{asked.run}: no checkpoint has a held-out loss: the run had no --eval_every")
+    else:
+        chosen = [choose(asked.run / "checkpoints", asked.step or "newest")]
+    if asked.command == "export":
+        import fsdp_train  # which knows how a run builds its model, and imports this module
+
+        fsdp_train.export_checkpoint(chosen[0], asked.out)
+        return
+    damaged = []
+    for path in chosen if asked.step else found:
+        try:
+            verify(path, read_manifest(path))
+            print(f"{path.name} is whole")
+        except CheckpointError as error:
+            damaged.append(error)
+            print(f"{path.name} is damaged")
+    if damaged:
+        raise damaged[-1]
+
+
+if __name__ == "__main__":
+    from llama.checkpoint import main  # the module that others import, not a second one named __main__
+
+    run(main)

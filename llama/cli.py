@@ -14,9 +14,11 @@ from typing import Any, ClassVar, NoReturn, get_args
 from llama.errors import UserError
 
 
-def setting(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(
+    default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None, bare: str | None = None
+) -> Any:
+    """A dataclass field that is also a flag; `bare`: what the flag means where no value follows it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +38,16 @@ class CheckedSettings:
             raise UserError(f"{self.script}: {'; '.join(wrong)}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
 
 
 def parse(settings: type, argv: Sequence[str] | None = None, description: str | None = None) -> Any:
     """Build `settings` from the command line. Raises UserError for unknown flags and values of the wrong kind."""
-    parser = _Parser(description=description, allow_abbrev=False,
+    parser = Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for entry in fields(settings):
         flag, metadata = f"--{entry.name}", entry.metadata
@@ -56,7 +60,8 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
         required = entry.default is MISSING
         # What is done where nothing was given, the help text itself says: "default: none" would contradict it.
         shown = "required" if required else "optional" if entry.default is None else f"default: {entry.default}"
-        parser.add_argument(flag, type=kind, choices=metadata["choices"], required=required,
+        optional = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
+        parser.add_argument(flag, type=kind, choices=metadata["choices"], required=required, **optional,
                             default=None if required else entry.default, help=f"{help_text} ({shown})")
     return settings(**vars(parser.parse_args(argv)))
 

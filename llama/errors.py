@@ -1,4 +1,4 @@
-"""The one kind of error a user can cause, and how it is printed."""
+"""The kinds of error a user can cause, and how they are printed."""
 
 
 class UserError(ValueError):
@@ -16,3 +16,13 @@ class UserError(ValueError):
 def printable(text: str, keep: str = "") -> str:
     """The text with what could steer a terminal, or cannot be encoded, spelled as \\x1b; `keep`s are left alone."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+class WeightsError(UserError):
+    """Weights that cannot be read or written. One line: where, what was found, what was expected."""
+
+
+def one_line(error: Exception) -> str:
+    """Its message, which may quote a hostile file, without line breaks and terminal escapes."""
+    shown = "".join(c if c.isprintable() else " " for c in str(error))
+    return shown.strip()[:300] or type(error).__name__

@@ -1,7 +1,10 @@
 """The folder of one run: what was asked (run.json), what happened (metrics.jsonl, loss.png), what came of it."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llama.errors import UserError, printable
@@ -15,7 +18,8 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
     """
     if wanted is not None:
         folder = Path(wanted)
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        # A run that was killed as it began can leave a file that had no name yet.
+        taken = folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()))
         if resume and not (folder / "run.json").is_file():
             raise UserError(f"--resume: {folder} holds no run (no run.json)")
         if taken and not resume:
@@ -31,6 +35,25 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
     if not (Path(newest) / "run.json").is_file():  # somebody else's, or of a run that died before it began
         raise UserError(f"--resume: {newest} holds no run (no run.json)")
     return Path(newest)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """No other process writes into the folder meanwhile. The system lets go of it when this process dies.
+
+    Raises UserError when another one is at it, as two `--resume` of one run would be.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is writing this run; expected it to have ended") from None
+        except OSError:
+            pass  # not every file system knows locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _make(folder: Path, exist_ok: bool) -> bool:

@@ -12,21 +12,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig, read_config
+from llama.durable import appearing, first_rank, sync, together, write_durably
 from llama.errors import UserError
 from llama.model import Llama
 from llama.quantize import QuantizedLinear
 from llama.slices import (
     Rows,
-    appearing,
-    first_rank,
     local_slice,
     read_tensors,
     region,
     seeded_generator,
     sharded_parameters,
-    sync,
-    together,
-    write_durably,
     write_tensors,
 )
 from llama.tokenizer import Tokenizer, load_tokenizer

@@ -9,10 +9,9 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -23,16 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llama.errors import UserError
+from llama.durable import first_rank, sync, together, wait_until_visible, write_durably
+from llama.errors import WeightsError, one_line
 
 PIECE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beyond its shard
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 DTYPES = FLOATS | INTEGERS | {torch.bool: "BOOL"}
-
-
-class WeightsError(UserError):
-    """Weights that cannot be read or written. One line: where, what was found, what was expected."""
 
 
 # Reading
@@ -103,7 +99,7 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
             opened = stack.enter_context(safe_open(path, framework="pt"))
             views = {name: opened.get_slice(name) for name in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
+            raise WeightsError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
         if twice := found.keys() & views.keys():
             raise WeightsError(f"{path}: has {_some(sorted(twice))}, which another file has, too")
         found |= views
@@ -128,7 +124,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if not all(isinstance(file, str) for file in file_of.values()):
             raise TypeError("weight_map must name a file for each tensor")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not an index of safetensors files ({_one_line(error)})") from None
+        raise WeightsError(f"{path}: not an index of safetensors files ({one_line(error)})") from None
     return file_of
 
 
@@ -166,12 +162,36 @@ def _read_slice(view, tensor: Tensor | Rows) -> None:
 # Writing
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a tensor of that shape: `local`, which begins at `start` of the whole."""
+
+    shape: tuple[int, ...]
+    local: Tensor
+    start: tuple[int, ...]
+    is_writer: bool  # whether this rank is the first of those that hold this very part
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Part":
+        local, start = local_slice(tensor)
+        writer = first_rank()
+        if isinstance(tensor, DTensor):
+            replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+            writer = all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
+        return cls(tuple(tensor.shape), local, tuple(start), writer)
+
+    def copied(self) -> "Part":
+        """The same in memory of its own, in the host's: what is trained may change."""
+        return replace(self, local=self.local.to("cpu", copy=True))
+
+
 def write_tensors(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor | Part],
     folder: Path,
     stem: str = "model",
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5 * 10**9,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write tensors, plain or DTensor, into `folder`: one `stem`.safetensors, or several files and an index.
 
@@ -180,70 +200,64 @@ def write_tensors(
     WeightsError, on every rank, if any rank cannot write or a file exists already.
     """
     folder = Path(folder)
-    dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
-    groups, filled = [[]], 0
+    parts = {name: t if isinstance(t, Part) else Part.of(t) for name, t in tensors.items()}
+    dtypes = {name: dtype if dtype and p.local.is_floating_point() else p.local.dtype for name, p in parts.items()}
+    sizes = {name: math.prod(p.shape) * dtypes[name].itemsize for name, p in parts.items()}
+    shares, filled = [[]], 0
     for name, size in sizes.items():
-        if groups[-1] and filled + size > max_file_bytes:
-            groups.append([])
+        if shares[-1] and filled + size > max_file_bytes:
+            shares.append([])
             filled = 0
-        groups[-1].append(name)
+        shares[-1].append(name)
         filled += size
-    files = {f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-    if len(groups) == 1:
-        files = {f"{stem}.safetensors": groups[0]}
+    files = {f"{stem}-{i + 1:05d}-of-{len(shares):05d}.safetensors": names for i, names in enumerate(shares)}
+    if len(shares) == 1:
+        files = {f"{stem}.safetensors": shares[0]}
 
     headers, begins = {}, {}
-    for file, group in files.items():
+    for file, names in files.items():
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(group, key=lambda name: -dtypes[name].itemsize):  # wide types first: all are aligned
-            shape, place = list(tensors[name].shape), [end, end + sizes[name]]
+        for name in sorted(names, key=lambda name: -dtypes[name].itemsize):  # wide types first: all are aligned
+            shape, place = list(parts[name].shape), [end, end + sizes[name]]
             header[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": place}
             end += sizes[name]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         headers[file] = len(text).to_bytes(8, "little") + text
-        begins |= {name: len(headers[file]) + header[name]["data_offsets"][0] for name in group}
+        begins |= {name: len(headers[file]) + header[name]["data_offsets"][0] for name in names}
 
-    with together(folder):  # every file has its full size before any rank writes into it
+    with together(folder, group):  # every file has its full size before any rank writes into it
         if first_rank():
-            for file, group in files.items():
+            for file, names in files.items():
                 with open(folder / file, "xb") as opened:
                     opened.write(headers[file])
-                    opened.truncate(len(headers[file]) + sum(sizes[name] for name in group))
+                    opened.truncate(len(headers[file]) + sum(sizes[name] for name in names))
             if len(files) > 1:
-                file_of = {name: file for file, group in files.items() for name in group}
+                file_of = {name: file for file, names in files.items() for name in names}
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
                 write_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
             sync(folder)
-    with together(folder):
-        for file, group in files.items():
-            mine = [name for name in group if _is_writer(tensors[name])]
+    with together(folder, group):
+        for file, names in files.items():
+            mine = [name for name in names if parts[name].is_writer]
             if mine or first_rank():
+                wait_until_visible(folder / file)
                 with open(folder / file, "r+b", buffering=0) as opened:
                     for name in mine:
-                        _write_slice(opened, tensors[name], dtypes[name], begins[name])
+                        _write_part(opened, parts[name], dtypes[name], begins[name])
                     os.fsync(opened.fileno())
 
 
-def _is_writer(tensor: Tensor) -> bool:
-    """Whether this rank is the first of those that hold the same part of a tensor."""
-    if not isinstance(tensor, DTensor):
-        return first_rank()
-    replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
-    return all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
-
-
-def _write_slice(file, tensor: Tensor, dtype: torch.dtype, begin: int) -> None:
+def _write_part(file, part: Part, dtype: torch.dtype, begin: int) -> None:
     """Write this rank's part of a tensor that begins at byte `begin` of the file, a piece at a time."""
-    local, start = local_slice(tensor)
+    local, shape = part.local, part.shape
     if not local.numel():
         return
     # A matrix cut by rows is one run of bytes in the file, one cut by columns a run for each row: count through
     # all dimensions before the last that is cut.
-    cut = max((i for i in range(local.ndim) if local.shape[i] != tensor.shape[i]), default=0)
-    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
-    first = sum(s * stride for s, stride in zip(start, strides, strict=True))
+    cut = max((i for i in range(local.ndim) if local.shape[i] != shape[i]), default=0)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    first = sum(s * stride for s, stride in zip(part.start, strides, strict=True))
     steps = [range(0, n * stride, stride) for n, stride in zip(local.shape[:cut], strides, strict=False)]
     runs = [first + sum(offsets) for offsets in product(*steps)]
     rows = local.reshape(len(runs), -1)
@@ -267,84 +281,10 @@ def _write_at(file, data, position: int) -> None:
         data, position = data[written:], position + written
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small new file, and return when it is on disk."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def together(where: Path) -> Iterator[None]:
-    """What fails on one rank inside this block fails on all: nobody waits for a rank that is gone. Collective.
-
-    Raises WeightsError on every rank when any had an OSError or a UserError; other errors stay as they are on
-    the rank that had them. Leaving the block is a barrier.
-    """
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    message = error and _one_line(error)
-    if isinstance(error, OSError):
-        message = f"{error.filename or where}: {error.strerror}"
-    messages = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    if error and not isinstance(error, OSError | UserError):
-        raise error
-    if failed := next(filter(None, messages), None):
-        raise WeightsError(failed)
-
-
-@contextmanager
-def appearing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder to write into, which gets its name when the block is left without an error. Collective.
-
-    `ours` says which file names such a folder can hold: what an earlier attempt left behind is deleted, but never a
-    folder with anything else in it. Raises WeightsError, on every rank, if the name is taken.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".tmp")
-    with together(folder):
-        if first_rank():
-            if os.path.lexists(folder):
-                raise WeightsError(f"{folder}: exists already, expected a name that is free")
-            if unfinished.is_dir() and not unfinished.is_symlink():
-                for path in unfinished.iterdir():
-                    if path.is_dir() or not ours(path.name):
-                        raise WeightsError(f"{path}: not from an attempt to write {folder}; expected its folder to be "
-                                           "free for temporary files")
-                shutil.rmtree(unfinished)
-            unfinished.mkdir(parents=True)
-    yield unfinished
-    with together(folder):
-        if first_rank():
-            sync(unfinished)
-            unfinished.rename(folder)
-            sync(folder.parent)
-
-
 def seeded_generator(seed: int, name: str) -> torch.Generator:
     """A generator of its own for everything that is drawn at random under a name."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-
-
-def first_rank() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -399,9 +339,3 @@ def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
 def _some(names: Sequence[str]) -> str:
     """The first names, and how many there are beyond. Names from a file may be long and hold line breaks."""
     return ", ".join(f"{name!r:.100}" for name in names[:3]) + (len(names) > 3) * f" and {len(names) - 3} more"
-
-
-def _one_line(error: Exception) -> str:
-    """Its message, which may quote a hostile file, without line breaks and terminal escapes."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
-    return printable.strip()[:300] or type(error).__name__

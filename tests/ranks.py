@@ -88,7 +88,7 @@ class Pool:
     def _stacks(self, ranks) -> list[str]:
         """Where each of these ranks is now: most often, waiting for another one."""
         for rank in ranks:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+            os.kill(self.processes[rank].pid, signal.SIGUSR2)
         time.sleep(0.3 if ranks else 0)
         files = {rank: _stack_file(self.folder.name, rank) for rank in ranks}
         return [f"rank {rank} is still in:\n{file.read_text()}" for rank, file in files.items()]
@@ -140,7 +140,7 @@ def _work(rank: int, size: int, pipe, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the pools
     threading.Thread(target=_die_with_parent, daemon=True).start()
     stack_file = _stack_file(folder, rank).open("w")
-    faulthandler.register(signal.SIGUSR1, stack_file)
+    faulthandler.register(signal.SIGUSR2, stack_file)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     dist.init_process_group(

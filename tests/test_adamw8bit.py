@@ -294,14 +294,14 @@ def stepped(steps: int, folder: Path | None = None, load: bool = False) -> dict[
     optimizer = build_adamw(model, 1e-2, 0.1, 0.95, "adamw8bit")
     first = 0
     if load:
-        first, _ = checkpoint.read_state(folder / f"step-{steps - 1:06d}", {})
+        first = checkpoint.read_manifest(folder / f"step-{steps - 1:06d}").step
         checkpoint.load(folder / f"step-{steps - 1:06d}", model, optimizer, first)
     tensors = {}
     for step in range(first, steps):
         if step == steps - 1:
             tensors |= {f"before {name}": whole(t) for name, t in state_of(model, optimizer).items()}
             if folder and not load:
-                checkpoint.save(folder, step, model, optimizer, {}, {}, 1)
+                checkpoint.Saver(folder, 1).save(step, model, optimizer, {}, {})
         model.set_gradients(step)
         optimizer.step()
     local = sum(t.to_local().nbytes for t in state_of(model, optimizer).values())
@@ -339,7 +339,7 @@ def test_a_state_saved_on_two_ranks_continues_bitwise_on_one_and_four(ranks, tmp
     assert stored["wide.exp_avg.code"].dtype == torch.uint8 and stored["wide.exp_avg.absmax"].shape == (11, 3)
     assert stored["few rows.exp_avg_sq.absmax"].shape == (2, 16) and stored["vector.exp_avg"].dtype == torch.float32
     assert {name.partition(".")[0] for name in stored} == set(SHAPES)
-    assert json.loads((tmp_path / "step-000003/state.json").read_text())["step"] == 3
+    assert json.loads((tmp_path / "step-000003/manifest.json").read_text())["step"] == 3
 
 
 def test_a_state_of_another_kind_of_optimizer_is_refused(ranks, tmp_path):

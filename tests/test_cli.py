@@ -132,7 +132,8 @@ TRAINING_FLAGS = DATA_FLAGS + """
     epochs max_steps batch_size batch_tokens group_by_length gradient_accumulation_steps
     learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
     dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
-    output eval_every eval_limit save_every keep_checkpoints resume log_every
+    output eval_every eval_limit save_every async_save keep_checkpoints
+    resume allow_changed log_every
 """
 MERGING_FLAGS = "model adapter output quantize dtype"
 EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"

@@ -185,7 +185,7 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(run, cas
     out = run(2, "crashed", 4, save_every=2, **CRASHES[case])
     assert not any((out / result).exists() for result in ("adapter", "model"))
     assert [p.name for p in checkpoint.published(out / "checkpoints")] == ["step-000002"]
-    run(2, "crashed", save_every=2, resume=True, **CRASHES[case])
+    run(2, "crashed", save_every=2, resume="newest", **CRASHES[case])
     assert lines_of(out) == lines_of(whole) and len(lines_of(out)) == 4
     assert same(final_state(out), final_state(whole))
     assert summary_of(out)["after"] == summary_of(whole)["after"]
@@ -201,14 +201,14 @@ def test_a_run_with_an_adapter_resumes_on_another_number_of_ranks(run):
     """C48, R6: the same curve to rounding."""
     expected = losses_of(run(1, "whole", **LORA))
     run(4, "moved", 4, save_every=2, **LORA)
-    assert losses_of(run(2, "moved", save_every=2, resume=True, **LORA)) == pytest.approx(expected, abs=2e-5)
+    assert losses_of(run(2, "moved", save_every=2, resume="newest", **LORA)) == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_finished_run_says_so_and_other_settings_of_an_adapter_are_refused_by_name(ranks, run, folders, data, cache):
     """R7: each setting that a resumed run must share."""
     out = run(1, "out", **LORA, max_steps=1)
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    resumed = partial(settings, folders["untied"], data, out, max_steps=1, resume=True)
+    resumed = partial(settings, folders["untied"], data, out, max_steps=1, resume="newest")
     assert ranks(1, refused, cache, resumed(**LORA)) == [""]
     for changes in (LORA | {"lora_rank": 8}, LORA | {"lora_alpha": 16.0}, LORA | {"lora_dropout": 0.1},
                     LORA | {"lora_targets": "q_proj"}, LORA | {"lora_variant": "rslora"}, LORA | {"quantize": "int8"},

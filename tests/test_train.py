@@ -112,7 +112,7 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(ranks, t
     ranks(size, in_workers, tmp_path / "cache", crashed, die_in_step)
     assert not (tmp_path / "crashed/model").exists()
     ranks(size, in_workers, tmp_path / "cache", settings(data, tmp_path / "crashed", batch_size=batch, save_every=2,
-                                                         resume=True))
+                                                         resume="newest"))
     assert steps_of(tmp_path / "crashed") == steps_of(tmp_path / "whole")
     assert [line["step"] for line in steps_of(tmp_path / "crashed")] == list(range(1, 11))
     expected, found = final_state(tmp_path / "whole"), final_state(tmp_path / "crashed")
@@ -128,7 +128,7 @@ def test_a_crashed_and_resumed_run_of_another_plan_equals_the_uninterrupted_one_
     out = tmp_path / "crashed"
     ranks(2, in_workers, tmp_path / "cache", settings(data, out, save_every=2, **plan), 4)
     assert [p.name for p in checkpoint.published(out / "checkpoints")] == ["step-000002"]
-    ranks(2, in_workers, tmp_path / "cache", settings(data, out, save_every=2, resume=True, **plan))
+    ranks(2, in_workers, tmp_path / "cache", settings(data, out, save_every=2, resume="newest", **plan))
     assert steps_of(out) == steps_of(tmp_path / "whole") and len(steps_of(out)) > 5
     expected, found = final_state(tmp_path / "whole"), final_state(out)
     assert expected.keys() == found.keys()
@@ -143,7 +143,7 @@ def test_a_checkpoint_right_after_an_evaluation_holds_the_trained_shards(ranks, 
     whole, out = tmp_path / "whole", tmp_path / "crashed"
     ranks(size, in_workers, tmp_path / "cache", settings(data, whole, **common))
     ranks(size, in_workers, tmp_path / "cache", settings(data, out, **common), 6)
-    ranks(size, in_workers, tmp_path / "cache", settings(data, out, resume=True, **common))
+    ranks(size, in_workers, tmp_path / "cache", settings(data, out, resume="newest", **common))
     assert steps_of(out) == steps_of(whole)
     assert all(torch.equal(a, b) for a, b in zip(final_state(whole).values(), final_state(out).values(), strict=True))
     weight = final_state(out)["embed_tokens.weight"]
@@ -157,8 +157,8 @@ def test_a_run_resumed_twice_equals_the_uninterrupted_one_bitwise(ranks, tmp_pat
     ranks(1, in_workers, tmp_path / "cache", settings(data, tmp_path / "whole", batch_size=8))
     out = tmp_path / "crashed"
     ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1), 3)
-    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume=True), 4)
-    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume=True))
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume="newest"), 4)
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, batch_size=8, save_every=1, resume="newest"))
     assert steps_of(out) == steps_of(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path / "whole").values(),
                                                  final_state(out).values(), strict=True))
@@ -171,7 +171,8 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tmp_path, before, after
     ranks(1, in_workers, tmp_path / "cache", settings(data, tmp_path / "whole", batch_size=12))
     out = tmp_path / "moved"
     ranks(before, in_workers, tmp_path / "cache", settings(data, out, batch_size=12 // before, save_every=3), 5)
-    ranks(after, in_workers, tmp_path / "cache", settings(data, out, batch_size=12 // after, save_every=3, resume=True))
+    ranks(after, in_workers, tmp_path / "cache", settings(data, out, batch_size=12 // after, save_every=3,
+                                                          resume="newest"))
     expected, found = steps_of(tmp_path / "whole"), steps_of(out)
     assert len(expected) == len(found) == 8
     for a, b in zip(expected, found, strict=True):
@@ -265,7 +266,7 @@ def test_run_json_says_what_was_held_out_and_a_resume_needs_the_same(ranks, tmp_
     assert about[0]["held_out"] == {"fraction": 0.2, "seed": 0, "examples": 8}
     assert (about[0]["train"], about[0]["test"], about[0]["bad_rows"]) == (32, 8, 0) and about[0] == about[1]
     for changes in ({"test_fraction": 0.3}, {"test_fraction": 0.0}, {"test_fraction": 0.2, "train_on_prompt": True}):
-        other = settings(path, tmp_path / "out0", max_steps=1, resume=True, **changes)
+        other = settings(path, tmp_path / "out0", max_steps=1, resume="newest", **changes)
         assert "fingerprint was" in ranks(1, refused, tmp_path / "cache", other)[0], changes
 
 
@@ -416,9 +417,9 @@ def test_other_settings_are_refused_by_name_also_by_a_finished_run(ranks, tmp_pa
     data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
     ranks(1, in_workers, tmp_path / "cache", settings(data, out))
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    told = ranks(1, refused, tmp_path / "cache", settings(data, out, resume=True, learning_rate=0.5, seed=3))[0]
+    told = ranks(1, refused, tmp_path / "cache", settings(data, out, resume="newest", learning_rate=0.5, seed=3))[0]
     assert "learning_rate was 0.001, is 0.5; seed was 0, is 3" in told
-    assert ranks(1, refused, tmp_path / "cache", settings(data, out, resume=True)) == [""]
+    assert ranks(1, refused, tmp_path / "cache", settings(data, out, resume="newest")) == [""]
     assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
