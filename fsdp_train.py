@@ -17,7 +17,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -345,8 +345,9 @@ def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
         with together(plan.saved):
             for moved in checkpoint.set_aside(plan.saved.parent, first_step) if here.is_first else []:
                 say(f"{moved}: set aside, it was after step {first_step}")
-    _announce(settings, task, here, model, plan, say)
-    journal = Journal(output, first_step) if here.is_first else None
+    with together(output):
+        _announce(settings, task, here, model, plan, say)
+        journal = Journal(output, first_step) if here.is_first else None
 
     def held_out() -> dict:  # the loss of answers, also with --train_on_prompt
         if task.data.test is None:
@@ -364,8 +365,11 @@ def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
     saver = checkpoint.Saver(output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     try:
         after, totals = run_steps(settings, task, here, plan, model, optimizer, journal, saver, held_out)
-    finally:  # also a run that has to stop publishes what it has begun to save
-        saver.wait()
+    except UserError:  # on all ranks: what they have begun to save is worth having
+        with suppress(UserError):  # it has warned already
+            saver.wait()
+        raise
+    saver.wait()
     if first_step == steps:
         after = held_out()
     _finish(settings, task, here, model, output, steps, totals, before, after, journal, began)
@@ -411,7 +415,9 @@ def run_steps(
                               peak_memory_bytes=_peak_memory(here.device), seconds=seconds)
             progress.update()
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            stop, after = None if last else stop_requests.agreed(), {}
+            (stop, failed), after = stop_requests.agreed(bool(journal and journal.error)), {}
+            if failed:
+                raise journal.error if journal else UserError(f"{output}: rank 0 could not write there")
             if last or (not stop and settings.eval_every and done % settings.eval_every == 0):
                 after = held_out()
                 if journal and after:
@@ -422,7 +428,7 @@ def run_steps(
                     raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole "
                                     f"checkpoints: {_newest(output) or 'none yet'}")
                 saver.save(done, model, optimizer, plan.binding, totals, after)
-            if stop:
+            if stop and not last:
                 saver.wait()
                 if journal:
                     progress.write(f"{stop}: saved and stopped after step {done} of {steps}; continue with --resume "
@@ -437,30 +443,34 @@ def _finish(
 ) -> None:
     """Export the model; on rank 0 draw the loss curve, and write and print what came of the run. Collective."""
     result = "adapter" if task.adapter else "model"
-    if here.is_first:
-        shutil.rmtree(output / result, ignore_errors=True)  # of this very run, if it died before its summary
+    with together(output):
+        if journal and journal.error:
+            raise journal.error
+        if here.is_first and (output / result).exists():
+            shutil.rmtree(output / result)  # of this very run, which died before its summary
     if task.adapter:
         lora.save(model, output / result, task.adapter, settings.model)
     else:
         pretrained.export(model, output / result, task.config_json, task.tokenizer.files)
     peak = torch.tensor(_peak_memory(here.device), dtype=torch.int64, device=here.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    if journal:
-        seconds = totals["seconds"]  # of the steps alone, without evaluations and saves
-        speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
-        journal.close()
-        summary = {
-            "data": settings.data, "bundled_sample": task.data.source.bundled_sample, "model": settings.model,
-            "ranks": here.world_size, "steps": steps,
-            **{name: totals[name] for name in ("examples", "tokens", "labels")},
-            "train_seconds": seconds, "total_seconds": time.perf_counter() - began, **speed,
-            "peak_memory_bytes": int(peak), "before": before, "after": after,
-        }
-        draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.data.source)}")
-        replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # the last: the run is over
-        print(f"before: {_told(before)}\nafter:  {_told(after)}")
-        print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
-              f"{result}/, loss.png, metrics.jsonl and summary.json are in {output}")
+    with together(output):
+        if journal:
+            seconds = totals["seconds"]  # of the steps alone, without evaluations and saves
+            speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
+            journal.close()
+            summary = {
+                "data": settings.data, "bundled_sample": task.data.source.bundled_sample, "model": settings.model,
+                "ranks": here.world_size, "steps": steps,
+                **{name: totals[name] for name in ("examples", "tokens", "labels")},
+                "train_seconds": seconds, "total_seconds": time.perf_counter() - began, **speed,
+                "peak_memory_bytes": int(peak), "before": before, "after": after,
+            }
+            draw_loss_curve(journal.lines, output / "loss.png", f"{settings.model} on {_named(task.data.source)}")
+            replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # the last: the run is over
+            print(f"before: {_told(before)}\nafter:  {_told(after)}")
+            print(f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
+                  f"{result}/, loss.png, metrics.jsonl and summary.json are in {output}")
 
 
 def train_step(

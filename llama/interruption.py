@@ -37,9 +37,11 @@ class StopRequests:
         if self.heard != signal.SIGTERM:
             self.heard, self.since = number, time.monotonic()
 
-    def agreed(self) -> str | None:
-        """The name of the signal that any rank has heard. Collective: all ranks stop after the same step or none."""
-        heard = torch.tensor(self.heard)
+    def agreed(self, failed: bool) -> tuple[str | None, bool]:
+        """The name of the signal that any rank has heard, and whether any rank has `failed`. Collective: all ranks
+        stop after the same step or none does."""
+        heard = torch.tensor([self.heard, failed])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(heard, dist.ReduceOp.MAX)
-        return signal.Signals(int(heard)).name if heard else None
+        number, failed = heard.tolist()
+        return signal.Signals(number).name if number else None, bool(failed)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama.durable import replace_durably
 from llama.errors import UserError, printable
 
 
@@ -68,23 +69,29 @@ def _make(folder: Path, exist_ok: bool) -> bool:
 
 
 class Journal:
-    """Appends one whole line a step to metrics.jsonl; a crash can only ever lose the line being written."""
+    """Appends one whole line a step to metrics.jsonl; a crash can only ever lose the line being written.
+
+    A disk that refuses a line is told in `error`: other ranks may be waiting, so it is not raised in the middle of a
+    step.
+    """
 
     def __init__(self, folder: Path, resumed_step: int = 0):
         self.path = folder / "metrics.jsonl"
+        self.error: UserError | None = None
         # A run without any checkpoint begins again, and measures its step 0 again.
         kept = read_metrics(self.path) if resumed_step else []
         self.lines = [line for line in kept if line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_text(text)
-        os.replace(rewritten, self.path)  # steps after the checkpoint will be done, and written, again
+        replace_durably(self.path, text)  # steps after the checkpoint will be done, and written, again
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **line) -> None:
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.error = UserError(f"{self.path}: {error.strerror}")
 
     def close(self) -> None:
         self.file.close()

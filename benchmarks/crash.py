@@ -1,0 +1,442 @@
+"""Kill a run of two processes with -9 again and again, resume it, and compare it with the run that nobody killed.
+
+    python benchmarks/crash.py --kills 200 --output benchmarks/results/crash.json
+
+A kill takes one rank or both, at a random moment, or at the N-th change of the disk: right before a pwrite, fsync,
+rename, replace, mkdir, unlink or rmdir, or with half of a write done. The run is then resumed, in every third case
+killed once more and resumed again. After each kill all published checkpoints must be whole, and none that had been
+published may be gone; at the end weights, moments, the exported model and every logged loss must equal the reference
+bitwise. Faults besides: each of those calls fails once, as on a full disk or one that became read-only, and, where this
+machine lets us mount one, a small disk fills up for real. `tests/test_crash.py` runs a short form of all this.
+"""
+
+import argparse
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RANKS, STEPS, TIMEOUT = 2, 4, 90
+CALLS = ("pwrite", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+SCENARIOS = {
+    "full": [],
+    "async": ["--async_save"],
+    "lora": ["--lora_rank", "4", "--lora_dropout", "0.05", "--quantize", "int8", "--optimizer", "adamw8bit",
+             "--gradient_accumulation_steps", "2"],
+}
+
+
+@dataclass
+class Fault:
+    """What is to happen at the `at`-th change of the disk that `rank` makes: a kill of `victims`, or an OSError."""
+
+    rank: int
+    at: int
+    victims: tuple[int, ...] = ()
+    error: int = 0
+
+
+@dataclass
+class Outcome:
+    """How a run ended: exit codes by rank, what was printed, what each rank changed on the disk, in order."""
+
+    codes: list[int]
+    log: str
+    events: list[list[str]] = field(default_factory=list)
+    hung: bool = False
+
+
+# Inside one rank
+
+
+class Disk:
+    """Counts this process' changes of the disk, writes them down, and lets the fault happen at its number."""
+
+    def __init__(self, rank: int, fault: Fault | None, notes: Path):
+        self.fault = fault if fault and fault.rank == rank else None
+        self.notes, self.count, self.write, self.lock = notes, 0, os.write, threading.RLock()
+        self.file = os.open(notes / f"events-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def install(self) -> None:
+        from llama import durable, journal, slices
+
+        for name in CALLS:
+            setattr(os, name, self.watched(name, getattr(os, name)))
+        for module in (durable, journal, slices):
+            module.open = self.open
+
+    def note(self, text: str) -> None:
+        self.write(self.file, (text + "\n").encode())
+
+    def watched(self, name: str, call):
+        def instead(*args, **kwargs):
+            where = args[1] if name in ("rename", "replace") else args[0]
+            if name == "pwrite":
+                self.happen(name, lambda: call(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:]))
+            else:
+                self.happen(f"{name} {where}")
+            result = call(*args, **kwargs)
+            if name in ("rename", "replace"):
+                self.note(f"{name}d {where}")
+            return result
+
+        return instead
+
+    def open(self, path, mode="r", *args, **kwargs):
+        opened = open(path, mode, *args, **kwargs)
+        if not set(mode) & set("wxa") or "b" in mode:
+            return opened
+        write = opened.write
+
+        def torn(text):
+            self.happen(f"write {path}", lambda: (write(text[: len(text) // 2]), opened.flush()))
+            return write(text)
+
+        opened.write = torn
+        return opened
+
+    def happen(self, what: str, half=lambda: None) -> None:
+        with self.lock:
+            self.count += 1
+            self.note(what)
+            if not self.fault or self.count != self.fault.at:
+                return
+        if self.fault.error:
+            raise OSError(self.fault.error, os.strerror(self.fault.error))
+        if self.count % 2:
+            half()
+        me = os.getpid()
+        pids = {rank: int((self.notes / f"pid-{rank}").read_text()) for rank in self.fault.victims}
+        for pid in sorted(pids.values(), key=lambda pid: pid == me):  # this process last
+            os.kill(pid, signal.SIGKILL)
+
+
+def work(rank: int, port: int, arguments: list[str], fault: Fault | None, notes: Path) -> None:
+    """One rank of a run: what torchrun would start, in a process that has imported everything already."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    log = os.open(notes / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    (notes / f"pid-{rank}.part").write_text(str(os.getpid()))
+    os.rename(notes / f"pid-{rank}.part", notes / f"pid-{rank}")
+    while not all((notes / f"pid-{other}").exists() for other in range(RANKS)):
+        time.sleep(0.005)
+    import torch
+
+    import fsdp_train
+
+    torch.set_num_threads(1)
+    Disk(rank, fault, notes).install()
+    sys.argv = ["fsdp_train.py", *arguments]
+    fsdp_train.run(fsdp_train.main)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+# Around them
+
+
+class Runner:
+    """Starts runs of one scenario in folders of their own."""
+
+    def __init__(self, scratch: Path, scenario: str):
+        self.scratch, self.scenario = scratch, scenario
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "fsdp_train"])
+        data = scratch / "data"
+        if not data.exists():
+            make_data(data)
+            make_model(scratch / "model")
+        os.environ.update(LLAMA_CACHE=str(scratch / "cache"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+        self.arguments = ["--data", str(data), "--model", str(scratch / "model"), "--batch_size", "2", "--max_length",
+                          "96", "--max_steps", str(STEPS), "--eval_every", "2", "--eval_limit", "4", "--save_every",
+                          "1", "--dtype", "float32", "--learning_rate", "1e-3", *SCENARIOS[scenario]]
+
+    def run(self, out: Path, fault: Fault | None = None, kill_after: float = 0.0, victims: tuple = ()) -> Outcome:
+        """Start, or resume where there is something to resume; `victims` are killed after so many seconds."""
+        notes = Path(tempfile.mkdtemp(dir=self.scratch))
+        resume = ["--resume"] if (out / "run.json").is_file() else []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [self.context.Process(target=work, args=(
+            rank, port, [*self.arguments, "--output", str(out), *resume], fault, notes)) for rank in range(RANKS)]
+        for process in processes:
+            process.start()
+        began, hung = time.monotonic(), False
+        if victims:
+            wait([process.sentinel for process in processes], kill_after)
+            for rank in victims:
+                processes[rank].kill()
+        waiting = {process.sentinel for process in processes}
+        while waiting:
+            ended = wait(list(waiting), max(0.1, began + TIMEOUT - time.monotonic()))
+            waiting -= set(ended)
+            if not ended:
+                hung = True
+                for process in processes:
+                    process.kill()
+        for process in processes:
+            process.join()
+        texts = {path.name: path.read_text(errors="replace") for path in notes.iterdir()}
+        shutil.rmtree(notes)
+        return Outcome([process.exitcode for process in processes],
+                       "".join(texts.get(f"log-{rank}", "") for rank in range(RANKS)),
+                       [texts.get(f"events-{rank}", "").splitlines() for rank in range(RANKS)], hung)
+
+
+def make_data(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    words = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
+    for split in ("train", "test"):
+        rows = [{"text": " ".join(words[i % 2][j % 3] for j in range(1 + (7 * i) % 23)), "label": i % 2}
+                for i in range(40)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(folder: Path) -> None:
+    """A Hugging Face folder with random weights, small enough that a run takes a second."""
+    from data import TINY_TOKENIZER
+    from llama import pretrained
+    from llama.config import ModelConfig
+    from llama.model import Llama
+    from llama.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TINY_TOKENIZER)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                         max_position_embeddings=128)
+    model = Llama(config)
+    pretrained.initialize(model, seed=0)
+    pretrained.export(model, folder, config.to_dict(), tokenizer.files)
+
+
+def contents(out: Path) -> dict[str, object]:
+    """What must be equal bitwise: every number of the run but those that measure time and memory."""
+    from safetensors.torch import load_file
+
+    from llama.checkpoint import published
+
+    files = [*published(out / "checkpoints")[-1].glob("*.safetensors"), *out.glob("model/*.safetensors"),
+             *out.glob("adapter/*.safetensors")]
+    found = {f"{path.name}:{name}": (tensor.dtype, tensor.numpy().tobytes() if tensor.dtype.itemsize != 2 else
+                                     tensor.view(dtype=__import__("torch").int16).numpy().tobytes())
+             for path in files for name, tensor in load_file(path).items()}
+    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        key = f"metrics:{line['step']}:{'held_out' if 'held_out' in line else 'loss'}"
+        if key in found:
+            raise ValueError(f"{key} twice in {out}")
+        found[key] = [line.get(name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "held_out")]
+    summary = json.loads((out / "summary.json").read_text())
+    return found | {"after": summary["after"], "before": summary["before"]}
+
+
+def damage(out: Path, events: list[list[str]]) -> list[str]:
+    """What a kill has broken: checkpoints that are not whole, or that had been published and are gone."""
+    from llama import checkpoint
+
+    there = checkpoint.published(out / "checkpoints")
+    problems = []
+    for path in there:
+        try:
+            checkpoint.verify(path, checkpoint.read_manifest(path))
+        except checkpoint.CheckpointError as error:
+            problems.append(str(error))
+    told = [Path(line.split(" ", 1)[1]).name for line in events[0] if line.startswith("renamed ")]
+    steps = [name for name in told if checkpoint.NAME.fullmatch(name)]
+    if steps and (not there or there[-1].name < max(steps)):
+        problems.append(f"{max(steps)} had been published, {there[-1].name if there else 'nothing'} is there")
+    return problems
+
+
+def unpublished(events: list[list[str]]) -> int:
+    """How many checkpoints a killed run had begun and not published."""
+    begun = {Path(line.split(" ", 1)[1]).stem for line in events[0]
+             if line.startswith("mkdir ") and "/step-" in line and line.endswith(".tmp")}
+    done = {Path(line.split(" ", 1)[1]).name for line in events[0] if line.startswith("renamed ")}
+    return len(begun - done)
+
+
+class Harness:
+    """Reference run, kills and faults of one scenario; what came of them is counted in `table`."""
+
+    def __init__(self, scratch: Path, scenario: str, seed: int):
+        self.runner, self.random = Runner(scratch, scenario), random.Random(f"{scenario} {seed}")
+        self.table, self.problems, self.number = Counter({"kills": 0, "published checkpoints damaged or lost": 0,
+                                                          "PROBLEMS": 0}), [], 0
+        self.scratch = scratch
+        began = time.monotonic()
+        outcome = self.runner.run(scratch / f"{scenario}-reference")
+        self.duration = time.monotonic() - began
+        if any(outcome.codes):
+            raise RuntimeError(f"the reference run failed: {outcome.log[-3000:]}")
+        self.points = outcome.events
+        self.reference = contents(scratch / f"{scenario}-reference")
+
+    def moments(self, count: int) -> list[Fault]:
+        """`count` changes of the disk: all kinds of both ranks, spread over the run, the many pwrites thinned out."""
+        rare, often = [], []
+        for rank, events in enumerate(self.points):
+            numbered = [line for line in events if not line.startswith(("renamed ", "replaced "))]
+            for at, what in enumerate(numbered, 1):
+                (often if what.startswith("pwrite") else rare).append(Fault(rank, at))
+        self.random.shuffle(rare)
+        self.random.shuffle(often)
+        share = min(len(often), max(count // 4, count - len(rare)))
+        return (often[:share] + rare)[:count]
+
+    def chain(self, first: Fault | None, again: bool) -> None:
+        """One kill (None: at a random moment), perhaps another in the resumed run, then on to the end."""
+        self.number += 1
+        out = self.scratch / f"{self.runner.scenario}-{self.number}"
+        for _ in range(2 if again else 1):
+            victims = self.random.choice([(0,), (1,), (0, 1)])
+            if first:
+                first.victims = victims
+                outcome = self.runner.run(out, first)
+            else:
+                outcome = self.runner.run(out, kill_after=self.random.uniform(0, self.duration), victims=victims)
+            self.after_kill(out, outcome, victims, first)
+            if first:
+                first = Fault(first.rank, self.random.randint(1, max(1, first.at)))
+        outcome = self.runner.run(out)
+        self.compare(out, outcome)
+        shutil.rmtree(out)
+
+    def after_kill(self, out: Path, outcome: Outcome, victims: tuple, fault: Fault | None) -> None:
+        if -signal.SIGKILL not in outcome.codes:
+            self.table["ended before its kill"] += 1
+            return
+        self.table["kills"] += 1
+        self.table[f"of {'both ranks' if len(victims) == 2 else 'one rank'}"] += 1
+        self.table["at a change of the disk" if fault else "at a random moment"] += 1
+        self.table["checkpoints being written, lost"] += unpublished(outcome.events)
+        if outcome.hung:
+            self.problem(f"hung after a kill of {victims}", outcome)
+        for told in damage(out, outcome.events):
+            self.table["published checkpoints damaged or lost"] += 1
+            self.problem(told, outcome)
+
+    def compare(self, out: Path, outcome: Outcome) -> None:
+        if any(outcome.codes):
+            self.problem(f"the resumed run failed with {outcome.codes}", outcome)
+            return
+        self.table["runs brought to their end"] += 1
+        found = contents(out)
+        differing = sorted(key for key in found.keys() | self.reference.keys()
+                           if found.get(key) != self.reference.get(key))
+        if differing:
+            self.problem(f"differs from the reference: {differing[:5]}", outcome)
+        else:
+            self.table["bitwise equal to the reference"] += 1
+
+    def refuse(self, fault: Fault, code: int) -> None:
+        """One call fails; the run says so in a line and ends with 2 on every rank, or goes on where nothing is lost."""
+        self.number += 1
+        out = self.scratch / f"{self.runner.scenario}-{self.number}"
+        fault.error = code
+        outcome = self.runner.run(out, fault)
+        self.table["disk errors"] += 1
+        if outcome.hung or outcome.codes not in ([2] * RANKS, [0] * RANKS) or "Traceback" in outcome.log:
+            self.problem(f"{fault}: ended with {outcome.codes}", outcome)
+        for told in damage(out, outcome.events):
+            self.problem(told, outcome)
+        self.table["told in one line" if any(outcome.codes) else "harmless"] += 1
+        self.compare(out, self.runner.run(out))
+        shutil.rmtree(out)
+
+    def fill(self) -> None:
+        """A disk for three quarters of what the run writes fills up; made larger, it takes the rest."""
+        disk = self.scratch / "disk"
+        disk.mkdir(exist_ok=True)
+        written = (path.stat().st_size for path in (self.scratch / f"{self.runner.scenario}-reference").rglob("*"))
+        size = f"size={sum(written) * 3 // 4}"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], capture_output=True).returncode:
+            self.table["no disk of a fixed size could be mounted"] += 1
+            return
+        try:
+            outcome = self.runner.run(disk / "out")
+            self.table["full disks"] += 1
+            if outcome.codes != [2] * RANKS or "No space left" not in outcome.log or "Traceback" in outcome.log:
+                self.problem(f"a full disk: ended with {outcome.codes}", outcome)
+            for told in damage(disk / "out", outcome.events):
+                self.problem(told, outcome)
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            self.compare(disk / "out", self.runner.run(disk / "out"))
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    def problem(self, told: str, outcome: Outcome) -> None:
+        self.table["PROBLEMS"] += 1
+        self.problems.append(f"{self.runner.scenario}: {told}\n{outcome.log[-2000:]}")
+
+
+def crash(scratch: Path, scenario: str, kills: int, faults: int, seed: int = 0, show=lambda done: None) -> Harness:
+    """At least `kills` kills and `faults` disk errors on runs of one scenario."""
+    harness = Harness(scratch, scenario, seed)
+    moments = harness.moments(10 * kills + faults)
+    for code, fault in zip([errno.ENOSPC, errno.EROFS] * faults, moments[:faults], strict=False):
+        harness.refuse(Fault(fault.rank, fault.at), code)
+    number = 0
+    while harness.table["kills"] < kills and number < 3 * kills:
+        at = moments[number % len(moments)]
+        harness.chain(None if number % 4 == 3 else Fault(at.rank, at.at), again=number % 3 == 2)
+        number += 1
+        show(harness.table["kills"])
+    if faults:
+        harness.fill()
+    return harness
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="at least so many, over all scenarios")
+    parser.add_argument("--faults", type=int, default=60, help="disk errors, over all scenarios")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="write the table to this JSON file")
+    args = parser.parse_args()
+    from tqdm import tqdm
+
+    began, tables, problems = time.monotonic(), {}, []
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=args.kills, unit=" kills") as progress:
+        for scenario in SCENARIOS:
+            share = -(-args.kills // len(SCENARIOS))
+            before = progress.n
+
+            def show(done: int, before: int = before) -> None:
+                progress.update(before + done - progress.n)
+
+            harness = crash(Path(scratch), scenario, share, -(-args.faults // len(SCENARIOS)), args.seed, show)
+            tables[scenario] = dict(harness.table)
+            problems += harness.problems
+    seconds = time.monotonic() - began
+    total = {name: sum(table.get(name, 0) for table in tables.values()) for table in tables.values() for name in table}
+    for name, count in total.items():
+        print(f"| {name} | {count} |")
+    print(f"{seconds:.0f} s")
+    if args.output:
+        Path(args.output).write_text(json.dumps({"seconds": round(seconds), "total": total, **tables}, indent=2) + "\n")
+    if problems:
+        print("\n\n".join(problems), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
