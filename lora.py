@@ -29,12 +29,12 @@ from llama import pretrained
 from llama.cli import CheckedSettings, parse, run, setting
 from llama.durable import appearing, first_rank, together, write_durably
 from llama.errors import UserError, WeightsError
+from llama.folder import read_json_text
 from llama.hub import find_model
 from llama.parallel import build, ranks
 from llama.quantize import KINDS, QuantizedLinear, quantize
 from llama.slices import (
     all_finite,
-    inside,
     local_slice,
     read_tensors,
     region,
@@ -211,7 +211,7 @@ def merge(model: nn.Module, quantized: str | None = None) -> None:
 # Files, in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-LARGEST_RANK, LARGEST_CONFIG = 1 << 16, 1 << 24
+LARGEST_RANK = 1 << 16
 
 
 def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
@@ -237,11 +237,8 @@ def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
 def read_adapter(folder: str | Path) -> Adapter:
     """What an adapter_config.json asks for. Raises UserError for what this code would compute otherwise."""
     path = Path(folder) / CONFIG
-    file = inside(Path(folder), CONFIG, ".json")
     try:
-        if file.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = json.loads(read_json_text(Path(folder), CONFIG))
         switches = [about.get(name, False) for name in ("use_rslora", "use_dora")]
         if not all(isinstance(value, bool | None) for value in switches):
             raise ValueError(f"use_rslora, use_dora: {switches}"[:200])
@@ -260,6 +257,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise ValueError(f"r, lora_alpha, lora_dropout, target_modules: {(*numbers, adapter.targets)}"[:200])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, expected an adapter in PEFT's format") from None
+    except WeightsError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:200]}, expected the settings of a LoRA") from None
     for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False)):

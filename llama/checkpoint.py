@@ -31,8 +31,9 @@ from torch import nn
 from llama.cli import Parser, run
 from llama.durable import digests, first_rank, sync, together, write_durably
 from llama.errors import UserError, WeightsError, one_line
+from llama.folder import inside, read_json_text
 from llama.optim import optimizer_tensors, set_optimizer_step
-from llama.slices import Part, inside, read_tensors, sharded_parameters, write_tensors
+from llama.slices import Part, read_tensors, sharded_parameters, write_tensors
 
 NAME = re.compile(r"step-(\d{6,9})")
 MANIFEST = "manifest.json"
@@ -93,9 +94,7 @@ def read_manifest(path: Path) -> Manifest:
     """Raises CheckpointError for a file that is missing, damaged, or of another checkpoint."""
     where = path / MANIFEST
     try:
-        if inside(path, MANIFEST, ".json").stat().st_size > 64 * 2**20:
-            raise ValueError("longer than 64 MiB")
-        content = json.loads(where.read_text(encoding="utf-8"))
+        content = json.loads(read_json_text(path, MANIFEST))
         if content.pop("sha256") != _digest(content):
             raise ValueError("its own digest differs")
         found = Manifest(**content)

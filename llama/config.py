@@ -8,7 +8,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from llama.errors import UserError
+from llama.errors import UserError, WeightsError
+from llama.folder import read_json_text
 
 
 class ConfigError(UserError):
@@ -21,6 +22,10 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+# Far beyond any Llama: a larger number is a mistake or an attack, and would only end the memory.
+LARGEST_SIZE, LARGEST_DEPTH = 2**24, 2**10
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,12 @@ class ModelConfig:
                     raise ConfigError(f"config: {field.name} is {value!r}, expected a positive {field.type.__name__}")
             elif field.type is bool and not isinstance(value, bool):
                 raise ConfigError(f"config: {field.name} is {value!r}, expected true or false")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+            if getattr(self, name) > LARGEST_SIZE:
+                raise ConfigError(f"config: {name} is {getattr(self, name)}, expected at most {LARGEST_SIZE}")
+        if self.num_hidden_layers > LARGEST_DEPTH:
+            raise ConfigError(f"config: num_hidden_layers is {self.num_hidden_layers}, expected at most "
+                              f"{LARGEST_DEPTH}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: {self.num_attention_heads} attention heads do not divide evenly over "
@@ -144,9 +155,10 @@ def read_config(folder: str | Path) -> dict:
     """The JSON object in `folder/config.json`. Raises ConfigError when there is none."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a Hugging Face model folder") from None
+        values = json.loads(read_json_text(Path(folder), path.name))
+    except WeightsError as error:
+        missing = f"{path}: no such file; expected a Hugging Face model folder"
+        raise ConfigError(str(error) if path.exists() else missing) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,7 @@
 """The kinds of error a user can cause, and how they are printed."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in what the program was given: a flag, a file, a setting.
@@ -26,3 +28,8 @@ def one_line(error: Exception) -> str:
     """Its message, which may quote a hostile file, without line breaks and terminal escapes."""
     shown = "".join(c if c.isprintable() else " " for c in str(error))
     return shown.strip()[:300] or type(error).__name__
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are beyond. Names from a file may be long and hold line breaks."""
+    return ", ".join(f"{name!r:.100}" for name in names[:3]) + (len(names) > 3) * f" and {len(names) - 3} more"

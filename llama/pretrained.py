@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from llama.model import Llama
 from llama.quantize import QuantizedLinear
 from llama.slices import (
     Rows,
+    check_tensors,
     local_slice,
     read_tensors,
     region,
@@ -32,10 +33,13 @@ EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetens
 
 
 def open_folder(folder: str | Path, max_length: int = 0) -> tuple[dict, ModelConfig, Tokenizer]:
-    """A folder's config.json, its configuration and its tokenizer, which must fit each other and the texts."""
+    """A folder's config.json, its configuration and its tokenizer, which must fit each other, the texts, and the
+    weights: what is missing among them, or of another shape, is found before anything takes memory."""
     config_json, tokenizer = read_config(folder), load_tokenizer(folder)
     config = ModelConfig.from_dict(config_json, where=f"{folder}/config.json")
     check_fit(config, tokenizer, max_length)
+    with torch.device("meta"):
+        check_tensors(_hugging_face_parameters(Llama(config)), Path(folder), "model", _superfluous(config))
     return config_json, config, tokenizer
 
 
@@ -58,11 +62,14 @@ def load(model: Llama, folder: str | Path) -> None:
     """
     _tie(model)
 
-    # Older files hold the rotary frequencies, and some a tied matrix twice.
-    superfluous = r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * model.config.tie_word_embeddings
     packed = {f"model.{name}.weight": _rows_of(module) for name, module in model.named_modules()
               if isinstance(module, QuantizedLinear)}
-    read_tensors(_hugging_face_parameters(model) | packed, Path(folder), "model", re.compile(superfluous).fullmatch)
+    read_tensors(_hugging_face_parameters(model) | packed, Path(folder), "model", _superfluous(model.config))
+
+
+def _superfluous(config: ModelConfig) -> Callable[[str], object]:
+    """Which names may be in a file besides: older ones hold the rotary frequencies, and some a tied matrix twice."""
+    return re.compile(r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * config.tie_word_embeddings).fullmatch
 
 
 def fingerprint(folder: Path) -> str:

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llama.durable import first_rank, sync, together, wait_until_visible, write_durably
-from llama.errors import WeightsError, one_line
+from llama.errors import WeightsError, one_line, some
+from llama.folder import inside, read_json_text
 
 PIECE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beyond its shard
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -65,22 +66,39 @@ def read_tensors(
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: give the model memory with to_empty first")
     with ExitStack() as stack:
-        found = _open_files(Path(folder), stem, stack)
-        problems, missing = [], [name for name in tensors if name not in found]
-        if missing:
-            problems.append(f"lacks {_some(missing)}")
-        unexpected = [name for name in found if name not in tensors and not allow_unexpected(name)]
-        if unexpected:
-            problems.append(f"has {_some(unexpected)}, which nothing asks for")
-        for name in [name for name in tensors if name in found]:
-            shape, dtype = found[name].get_shape(), found[name].get_dtype()
-            expected, ours = list(tensors[name].shape), DTYPES[tensors[name].dtype]
-            if shape != expected or (dtype != ours and not {dtype, ours} <= set(FLOATS.values())):
-                problems.append(f"{_some([name])} is {dtype} {shape}, expected {ours} {expected}")
-        if problems:
-            raise WeightsError(f"{folder}: {'; '.join(problems[:4])}")
+        found = _matching(tensors, folder, stem, allow_unexpected, stack)
         for name, tensor in tensors.items():
             _read_slice(found[name], tensor)
+
+
+def check_tensors(
+    tensors: dict[str, Tensor | Rows],
+    folder: Path,
+    stem: str = "model",
+    allow_unexpected: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Raise what `read_tensors` would raise for these tensors, which need no memory yet, and read none."""
+    with ExitStack() as stack:
+        _matching(tensors, folder, stem, allow_unexpected, stack)
+
+
+def _matching(tensors: dict, folder: Path, stem: str, allow_unexpected: Callable, stack: ExitStack) -> dict:
+    """A lazy view of the file for each name in `tensors`: all are there, nothing else is, and shapes and dtypes fit."""
+    found = _open_files(Path(folder), stem, stack)
+    problems, missing = [], [name for name in tensors if name not in found]
+    if missing:
+        problems.append(f"lacks {some(missing)}")
+    unexpected = [name for name in found if name not in tensors and not allow_unexpected(name)]
+    if unexpected:
+        problems.append(f"has {some(unexpected)}, which nothing asks for")
+    for name in [name for name in tensors if name in found]:
+        shape, dtype = found[name].get_shape(), found[name].get_dtype()
+        expected, ours = list(tensors[name].shape), DTYPES[tensors[name].dtype]
+        if shape != expected or (dtype != ours and not {dtype, ours} <= set(FLOATS.values())):
+            problems.append(f"{some([name])} is {dtype} {shape}, expected {ours} {expected}")
+    if problems:
+        raise WeightsError(f"{folder}: {'; '.join(problems[:4])}")
+    return found
 
 
 def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
@@ -90,7 +108,7 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
         index = f"{stem}.safetensors.index.json"
         if not os.path.lexists(folder / index):
             raise WeightsError(f"{folder}: has neither {files[0]} nor {index}")
-        file_of = _read_index(inside(folder, index, ".json"))
+        file_of = _read_index(folder, index)
         files = sorted(set(file_of.values()))
     found, found_in = {}, {}
     for file in files:
@@ -101,16 +119,16 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
         if twice := found.keys() & views.keys():
-            raise WeightsError(f"{path}: has {_some(sorted(twice))}, which another file has, too")
+            raise WeightsError(f"{path}: has {some(sorted(twice))}, which another file has, too")
         found |= views
         found_in |= dict.fromkeys(views, file)
     if file_of is not None and file_of != found_in:
         differing = sorted({name for name, _ in file_of.items() ^ found_in.items()})
-        raise WeightsError(f"{folder}: index and files do not agree on where to find {_some(differing)}")
+        raise WeightsError(f"{folder}: index and files do not agree on where to find {some(differing)}")
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(folder: Path, name: str) -> dict[str, str]:
     """{tensor name: file name} from an index."""
 
     def without_repetition(pairs: list) -> dict:
@@ -119,27 +137,15 @@ def _read_index(path: Path) -> dict[str, str]:
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repetition)
+        values = json.loads(read_json_text(folder, name), object_pairs_hook=without_repetition)
         file_of = values["weight_map"]
         if not all(isinstance(file, str) for file in file_of.values()):
             raise TypeError("weight_map must name a file for each tensor")
+    except WeightsError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not an index of safetensors files ({one_line(error)})") from None
+        raise WeightsError(f"{folder / name}: not an index of safetensors files ({one_line(error)})") from None
     return file_of
-
-
-def inside(folder: Path, name: str, suffix: str) -> Path:
-    """`folder/name` with links followed. Raises WeightsError unless that is a file of this very folder."""
-    if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
-        raise WeightsError(f"{folder}: the index names {_some([name])}, expected a plain *{suffix} file name")
-    home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
-    # The hub's cache keeps contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if not (path.is_relative_to(home) or path.is_relative_to(blobs)):
-        raise WeightsError(f"{folder / name}: a link to {path}, expected a file inside the folder")
-    if not os.path.isfile(path):
-        raise WeightsError(f"{folder}: {_some([name])} is missing or not a file")
-    return path
 
 
 def _read_slice(view, tensor: Tensor | Rows) -> None:
@@ -334,8 +340,3 @@ def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
     return tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names, and how many there are beyond. Names from a file may be long and hold line breaks."""
-    return ", ".join(f"{name!r:.100}" for name in names[:3]) + (len(names) > 3) * f" and {len(names) - 3} more"

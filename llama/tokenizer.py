@@ -18,8 +18,10 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.errors import UserError
+from llama.errors import UserError, WeightsError
+from llama.folder import inside, read_json_text
 
+LARGEST_FILE = 512 * 2**20  # bytes; Llama 3's is 17 MB
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
@@ -47,7 +49,10 @@ class Tokenizer:
         folder = file.parent
         settings = _read_json(folder / "tokenizer_config.json")
         self.path = path
-        self.files = tuple({file: 0} | {folder / name: 0 for name in FILES if (folder / name).is_file()})
+        beside = [folder / name for name in FILES if (folder / name).is_file()]
+        for neighbour in beside:  # they are copied into every export: a link must not carry other files out
+            inside(folder, neighbour.name, "")
+        self.files = tuple(dict.fromkeys([file, *beside]))
         added = [{"id": int(id), **token} for id, token in settings.get("added_tokens_decoder", {}).items()]
         more = _read_json(folder / "added_tokens.json")
         added += [{"id": id, "content": text} for text, id in more.items()]
@@ -223,12 +228,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file is None:
         raise TokenizerError(f"{path}: no tokenizer, expected {' or '.join(names)}")
     try:
+        if path.is_dir():
+            inside(path, file.name, "")
+        if file.stat().st_size > LARGEST_FILE:
+            raise TokenizerError(f"{file}: {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}")
         data = file.read_bytes()
         if file.suffix == ".json":
             return JsonTokenizer(path, file, json.loads(data))
         kind = Llama3Tokenizer if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data) else SentencePieceTokenizer
         return kind(path, file, data)
-    except (TokenizerError, ImportError, MemoryError):
+    except (TokenizerError, WeightsError, ImportError, MemoryError):
         raise
     except OSError as error:
         raise TokenizerError(f"{file}: {error.strerror}, expected a tokenizer file") from None
@@ -250,9 +259,11 @@ def _control_tokens(tokens: Iterable[dict[str, Any]]) -> dict[str, int]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no such file."""
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        if not path.exists():
+            return {}
+        content = json.loads(read_json_text(path.parent, path.name))
+    except WeightsError:
+        raise
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: {error}, expected a JSON object") from None
     if not isinstance(content, dict):

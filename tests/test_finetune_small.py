@@ -429,3 +429,46 @@ def test_an_adapter_of_another_model_is_refused_on_every_rank(ranks, run, folder
     for told in ranks(2, refused, cache, chosen):
         assert "is F32 [128, 4], expected F32 [96, 4]" in told and "\n" not in told
     assert not list((tmp_path / "other").glob("checkpoints/*")) and not (tmp_path / "other/adapter").exists()
+
+
+EXPORTED = {
+    "all": ({"learning_rate": 1e-3}, "model"),
+    "last layer": ({"train_layers": "last:1,norm", "learning_rate": 1e-3, "optimizer": "adamw8bit"}, "model"),
+    "adapter": ({**LORA, "quantize": "int8"}, "adapter"),
+    "dora": ({**LORA, "lora_variant": "dora", "lora_targets": "q_proj,up_proj"}, "adapter"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_the_newest_checkpoint_exports_to_what_the_run_left_and_an_older_one_to_less(run, tmp_path, case):
+    """R24: on one process what two have trained, every file of it but the time."""
+    changes, result = EXPORTED[case]
+    out = run(2, "out", save_every=2, **changes)
+    older, newest = checkpoint.published(out / "checkpoints")
+    fsdp_train.export_checkpoint(newest, tmp_path / "newest")
+    fsdp_train.export_checkpoint(older, tmp_path / "older")
+    expected = {p.name: p.read_bytes() for p in (out / result).iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "newest").iterdir()} == expected
+    weights = next(name for name in expected if name.endswith(".safetensors"))
+    assert (tmp_path / "older" / weights).read_bytes() != expected[weights]
+    assert {p.name for p in (tmp_path / "older").iterdir()} == expected.keys()
+
+
+def test_an_export_needs_the_weights_that_the_run_began_with(run, folders, data, cache, ranks, tmp_path):
+    """R7, R17: another base under the same path; a name that is taken; a damaged checkpoint."""
+    base = shutil.copytree(folders["untied"], tmp_path / "base")
+    chosen = settings(base, data, tmp_path / "out", train_layers="last:1", max_steps=1)
+    ranks(1, in_workers, cache, chosen)
+    (saved,) = checkpoint.published(tmp_path / "out/checkpoints")
+    with pytest.raises(UserError, match="exists already"):
+        fsdp_train.export_checkpoint(saved, tmp_path / "out/model")
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="began with other weights"):
+        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
+    shutil.copy(folders["untied"] / "model.safetensors", base)
+    (saved / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

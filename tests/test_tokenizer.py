@@ -24,6 +24,7 @@ import tokenizers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from llama.errors import UserError
 from llama.tokenizer import Llama3Tokenizer, Tokenizer, TokenizerError, load_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -577,11 +578,27 @@ def test_the_kind_of_a_model_file_is_told_by_its_content(tmp_path: Path, monkeyp
     write(tmp_path, one=train_sentencepiece(), two=ranks)
     assert type(load_tokenizer(tmp_path / "one")).__name__ == "SentencePieceTokenizer"
     assert type(load_tokenizer(tmp_path / "two")).__name__ == "Llama3Tokenizer"
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "tokenizer.model").symlink_to(tmp_path / "one")  # as the hub's cache does
-    tokenizer = load_tokenizer(str(tmp_path / "snapshot"))
-    assert tokenizer.path == tmp_path / "snapshot"
-    assert tokenizer.files == (tmp_path / "snapshot" / "tokenizer.model",)
+    snapshot = tmp_path / "snapshots/1"
+    snapshot.mkdir(parents=True)
+    write(tmp_path / "blobs", one=train_sentencepiece())
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/one")  # as the hub's cache does
+    tokenizer = load_tokenizer(str(snapshot))
+    assert tokenizer.path == snapshot
+    assert tokenizer.files == (snapshot / "tokenizer.model",)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "generation_config.json",
+                                  "chat_template.jinja"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str):
+    """R12: also for files that are only copied into exports; a file given by its own name may be a link."""
+    write(tmp_path / "elsewhere", secret=b"{}", model=train_sentencepiece())
+    write(tmp_path / "folder", tokenizer__model=train_sentencepiece())
+    (tmp_path / "folder" / name).unlink(missing_ok=True)
+    (tmp_path / "folder" / name).symlink_to(tmp_path / "elsewhere/secret")
+    with pytest.raises(UserError, match="expected a file inside the folder"):
+        load_tokenizer(tmp_path / "folder")
+    (tmp_path / "link.model").symlink_to(tmp_path / "elsewhere/model")
+    assert load_tokenizer(tmp_path / "link.model").vocab_size
 
 
 def test_an_export_is_told_every_file_of_the_tokenizer(tmp_path: Path):

@@ -1,0 +1,231 @@
+"""Whatever is in a folder of weights, it is read or refused in one line: nothing runs, nothing outside is read.
+
+HOSTILE_EXAMPLES=5000 pytest tests/test_hostile_files.py runs the long form: five kinds of folder, 25,000 mutated files.
+"""
+
+import json
+import os
+import resource
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_checkpoint import saved, small_model
+
+import lora
+from data import TINY_TOKENIZER
+from llama import checkpoint, pretrained
+from llama.config import ModelConfig
+from llama.errors import UserError
+from llama.model import Llama
+from llama.optim import build_adamw
+from llama.tokenizer import load_tokenizer
+
+EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 60))
+hostile = settings(derandomize=EXAMPLES < 1000, database=None, max_examples=EXAMPLES, deadline=None,
+                   suppress_health_check=list(HealthCheck))  # fmt: skip
+MORE_MEMORY = 400 * 2**20  # bytes that all examples of one test together may add to what this process has needed
+
+CONFIG = ModelConfig(vocab_size=1280, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=4, max_position_embeddings=64)
+
+# What somebody may write in place of a value of a JSON file.
+hostile_values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+    st.sampled_from([10**12, 2**63, -1, 0, 1e400, "../../secret", "/etc/passwd", "model.safetensors", "..", "x" * 9999,
+                     [], {}, [[]], {"a": {"a": {}}}, "F32", "BF16", "I64", "F4", [0, 2**62], [10**9, 10**9], [-1, 8],
+                     [8, 0], "\0", "\x1b[31m", "all-linear", ".*", "o_proj"]),
+)
+
+
+@st.composite
+def changed_json(draw, content: bytes) -> bytes:
+    """A JSON text with one to three of its values replaced, removed or repeated, at any depth."""
+    value = json.loads(content)
+    for _ in range(draw(st.integers(1, 3))):
+        place = value
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys[:200]))
+            if isinstance(place[key], dict | list) and place[key] and draw(st.integers(0, 3)):
+                place = place[key]
+                continue
+            action = draw(st.integers(0, 3))
+            if action == 0:
+                del place[key]
+            elif action == 1 and isinstance(place, dict):
+                place[draw(st.one_of(st.text(max_size=8), st.just("__metadata__")))] = place[key]
+            else:
+                place[key] = draw(hostile_values)
+            break
+    return json.dumps(value).encode()
+
+
+@st.composite
+def changed_bytes(draw, content: bytes) -> bytes:
+    """Bytes with some flipped, cut out, repeated, put in, or cut off."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        # Half of the time among the first bytes, where lengths and headers are.
+        place = draw(st.integers(0, min(len(content), 64 if draw(st.booleans()) else len(content))))
+        action = draw(st.integers(0, 3))
+        if action == 0 and place < len(content):
+            content[place] ^= 1 << draw(st.integers(0, 7))
+        elif action == 1:
+            del content[place : place + draw(st.integers(1, 50))]
+        elif action == 2:
+            content[place:place] = draw(st.binary(max_size=20))
+        else:
+            del content[place:]
+    return bytes(content)
+
+
+@st.composite
+def changed_safetensors(draw, content: bytes) -> bytes:
+    """A safetensors file whose header says something else, with a length that fits it or not."""
+    length = int.from_bytes(content[:8], "little")
+    header = draw(changed_json(content[8 : 8 + length]))
+    said = draw(st.sampled_from([len(header)] * 4 + [0, 2**64 - 1, 10**9, len(header) + 1]))
+    return said.to_bytes(8, "little") + header + content[8 + length :]
+
+
+@st.composite
+def changed_folder(draw, files: dict[str, bytes]) -> dict[str, bytes | str | None]:
+    """The files of a folder with one changed; None: it is not there, a str: it is a link to that place."""
+    name = draw(st.sampled_from(sorted(files)))
+    links = st.sampled_from(["../outside/secret.safetensors", "/etc/passwd", name, "."])
+    kinds = [changed_bytes(files[name]), st.none(), links]
+    kinds += [changed_json(files[name])] * 3 if name.endswith("json") else []
+    kinds += [changed_safetensors(files[name])] * 3 if name.endswith("safetensors") else []
+    return files | {name: draw(st.one_of(kinds))}
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def lay_out(files: dict[str, bytes | str | None], folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).symlink_to(content)
+        elif content is not None:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scratch():
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
+def refused_or_read(attempt) -> None:
+    """The only exception there is for a bad file is a UserError of one printable line."""
+    try:
+        attempt()
+    except UserError as error:
+        (line,) = error.lines
+        assert 0 < len(line) < 2000 and "secret-content" not in line and "root:" not in line, line
+
+
+def check(attempt, variants, scratch: Path) -> None:
+    """`attempt` on every variant of a folder; what lies outside of it is there, but never shown."""
+    lay_out({"secret.safetensors": b"secret-content"}, scratch / "outside")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @hostile
+    @given(files=variants)
+    def attack(files):
+        folder = lay_out(files, scratch / "folder")
+        refused_or_read(lambda: attempt(folder))
+
+    attack()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MORE_MEMORY
+
+
+def load_model(folder: Path) -> None:
+    _, config, _ = pretrained.open_folder(folder, 64)
+    model = Llama(config)
+    pretrained.load(model, folder)
+
+
+def model_folder(scratch: Path, shards: bool) -> dict[str, bytes]:
+    torch.manual_seed(0)
+    folder, tokenizer = scratch / f"model{shards}", load_tokenizer(TINY_TOKENIZER)
+    pretrained.export(Llama(CONFIG), folder, CONFIG.to_dict(), tokenizer.files)
+    if shards:
+        (folder / "model.safetensors").unlink()
+        weights = pretrained._hugging_face_parameters(Llama(CONFIG))
+        pretrained.write_tensors(weights, folder, max_file_bytes=20_000)
+    files = read(folder)
+    load_model(folder)
+    return files
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_model_folder_of_anybody_is_read_or_refused(scratch, shards):
+    """R12, R13: configuration, tokenizer, headers, index; memory is never taken for what a file only says."""
+    files = model_folder(scratch, shards)
+    assert ("model.safetensors.index.json" in files) == shards
+    check(load_model, changed_folder(files), scratch)
+
+
+def test_an_adapter_of_anybody_is_read_or_refused(scratch):
+    """R12, R13, C37."""
+    model = Llama(CONFIG)
+    adapter = lora.Adapter(2, 4.0)
+    lora.apply(model, adapter)
+    lora.initialize(model, 0)
+    lora.save(model, scratch / "adapter", adapter, "base")
+
+    def load_adapter(folder: Path) -> None:
+        fresh = Llama(CONFIG)
+        lora.apply(fresh, lora.read_adapter(folder))
+        lora.load(fresh, folder)
+
+    files = read(scratch / "adapter")
+    load_adapter(lay_out(files, scratch / "folder"))
+    check(load_adapter, changed_folder(files), scratch)
+
+
+def test_a_checkpoint_of_anybody_is_read_or_refused(scratch):
+    """R5, R12, R13, R14: also one whose manifest has a digest that fits."""
+    saved(scratch / "run", [1])
+
+    def load_checkpoint(folder: Path, forge: bool) -> None:
+        path = folder.parent / "step-000001"
+        shutil.rmtree(path, ignore_errors=True)
+        folder.rename(path)
+        if forge:
+            forge_digests(path)
+        manifest = checkpoint.read_manifest(path)
+        checkpoint.compare(path, manifest.settings, {})
+        checkpoint.verify(path, manifest)
+        model = small_model()
+        checkpoint.load(path, model, build_adamw(model, 0.1, 0.0), 1)
+
+    files = read(scratch / "run/step-000001")
+    for forge in (False, True):
+        check(partial(load_checkpoint, forge=forge), changed_folder(files), scratch)
+
+
+def forge_digests(path: Path) -> None:
+    """What an attacker would do: make all digests right."""
+    from llama.durable import digests
+
+    try:
+        content = json.loads((path / "manifest.json").read_text())
+        content["files"] |= digests(path, [name for name in content["files"] if (path / name).is_file()])
+        content.pop("sha256")
+        (path / "manifest.json").write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+        pass  # then as it is
