@@ -20,7 +20,7 @@ BATCH, SEED, WARM_UP = 16, 0, 1
 
 
 def main(doc: str, data: str, sides: tuple[str, ...], lora_rank: int = 0) -> None:
-    """`sides`: of ours, ours-single, ours-compile, trainer-fast, trainer-padded, trainer-like."""
+    """`sides`: of ours, ours-single, ours-compile, ours-checkpointed, trainer-fast, trainer-padded, trainer-like."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="stories15m", help="a Hugging Face folder, or stories15m")
     parser.add_argument("--tokenizer", help="a 32,000-piece tokenizer.model for stories15m")
@@ -114,7 +114,8 @@ def ours(args: argparse.Namespace, data, batches: list[list[int]]) -> list[float
 
     with ranks() as here:
         config = ModelConfig.from_folder(args.model)
-        model = build(config, here, torch.bfloat16, compile=settings.compile, adapt=adapt)
+        model = build(config, here, torch.bfloat16, compile=settings.compile, adapt=adapt,
+                      activation_checkpointing=args.side == "ours-checkpointed")
         pretrained.load(model, args.model)
         lora.initialize(model, SEED)
         optimizer = build_adamw(model, 2e-5, 0.0)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-CHUNK = 512  # rows of logits alive at once: 512 x 128,256 in fp32 is 263 MB
+# Rows of logits alive at once; 512 x 128,256 in fp32 are 263 MB, and there are two such. Each chunk adds to the weight's
+# whole gradient. Where that is not wanted, as under an adapter, smaller ones cost nothing.
+CHUNK, CHUNK_FROZEN = 512, 256
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -41,7 +43,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight^T)[target], in nats.
 
     hidden (R, D), weight (V, D), targets (R) in 0..V-1. Matrix products run in the dtype of the inputs, softmax and
@@ -49,4 +51,5 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     """
     if not torch.is_grad_enabled():  # needs_input_grad looks at the inputs alone, and would have gradients computed
         hidden, weight = hidden.detach(), weight.detach()
+    chunk = chunk or (CHUNK if weight.requires_grad else CHUNK_FROZEN)
     return _SummedCrossEntropy.apply(hidden, weight, targets, chunk)

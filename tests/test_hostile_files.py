@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import tempfile
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ hostile_values = st.one_of(
     st.sampled_from([10**12, 2**63, -1, 0, 1e400, "../../secret", "/etc/passwd", "model.safetensors", "..", "x" * 9999,
                      [], {}, [[]], {"a": {"a": {}}}, "F32", "BF16", "I64", "F4", [0, 2**62], [10**9, 10**9], [-1, 8],
                      [8, 0], "\0", "\x1b[31m", "all-linear", ".*", "o_proj"]),
-)
+).map(deepcopy)  # the next change may be inside this one
 
 
 @st.composite
