@@ -15,6 +15,8 @@
     chat        a conversation as segments: four layouts
     cache       folders that are made once per content, whole or not at all
     encoding    segments -> ids and labels, kept in memory-mapped files
+    folder      reading what a stranger may have made: only a folder's own files, only so much of them
+    durable     files and folders that appear whole or not at all, on all ranks alike
     slices      safetensors files in which each rank reads and writes only its own part
     pretrained  Hugging Face folder <-> model, through slices
     batches     which examples when, on which rank, packed how
@@ -22,7 +24,8 @@
     adamw8bit   AdamW with moments of a byte each
     optim       AdamW's groups, the learning rate, the gradient's norm
     parallel    processes, devices, FSDP2, compile, recomputed activations: applied from outside
-    checkpoint  saved states that exist whole or not at all
+    checkpoint  saved states that exist whole or not at all, proved by digests; the command that lists them
+    interruption   being asked to stop: SIGTERM, SIGUSR1
     journal     the folder of a run: metrics, loss curve
     hub, cli, errors   downloads; settings as flags; mistakes told in one line
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Rows of logits alive at once; 512 x 128,256 in fp32 are 263 MB, and there are two such. Each chunk adds to the weight's
-# whole gradient. Where that is not wanted, as under an adapter, smaller ones cost nothing.
+# Rows of logits alive at once; 512 x 128,256 in fp32 are 263 MB, and there are two such. Each chunk adds to the whole
+# gradient of the weight; where none is wanted, as under an adapter, smaller ones cost nothing.
 CHUNK, CHUNK_FROZEN = 512, 256
 
 

@@ -97,6 +97,12 @@ def test_the_resume_command_continues_the_run(trained, clone):
     assert "finished already" in run(command, clone)
 
 
+def test_the_listing_command_shows_the_checkpoints(trained, clone):
+    [command] = [c for c in COMMANDS if "llama.checkpoint" in c]
+    told = run(command, clone)
+    assert re.search(r"^step-\d{6}  \S+ MB  written by 4 ranks  loss .*  newest  best$", told, re.MULTILINE), told
+
+
 def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
     """A tiny Hugging Face folder and the bundled reviews under the names that the README uses."""
     [command] = [c for c in TRAINER if "SmolLM2" in c]
