@@ -20,7 +20,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,24 +31,24 @@ import lora
 from data import BUNDLED_SAMPLE, TINY_TOKENIZER, DataSet, DataSettings, Source, load, run_name
 from evaluate import answer_ids, evaluate
 from llama import checkpoint, pretrained
-from llama.batches import Schedule, pack
+from llama.batches import pack
 from llama.cli import parse, run, setting
 from llama.config import TINY, ModelConfig
-from llama.durable import replace_durably, together
+from llama.durable import replace_durably
 from llama.encoding import EncodedData
 from llama.errors import UserError
 from llama.hub import find_model
 from llama.interruption import STOPPED, StopRequests
-from llama.journal import Journal, choose_folder, draw_loss_curve, held
+from llama.journal import Journal, draw_loss_curve
 from llama.model import Llama
 from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.parallel import Ranks, build, compute_dtype, on_meta, ranks
+from llama.parallel import Ranks, build, on_meta, ranks
+from llama.plan import BEGUN, COUNTS, Plan, make_plan
 from llama.quantize import KINDS, bytes_per_weight
 from llama.slices import all_finite
+from llama.together import together
 from llama.tokenizer import Tokenizer, load_tokenizer
 from lora import ALL_LINEAR, LARGEST_RANK, VARIANTS, Adapter
-
-COUNTS = {"examples", "tokens", "labels", "seconds"}  # what a run adds up over its steps, resumed or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,90 +239,20 @@ def train_only(model: Llama, parts: list[str]) -> None:
         getattr(model, name).requires_grad_(True)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What all ranks have agreed on before anything is built."""
-
-    schedule: Schedule
-    steps: int
-    dtype: torch.dtype
-    binding: dict  # what a resumed run must share with the one it continues
-    output: Path
-    saved: Path | None  # the checkpoint to continue from
-    manifest: checkpoint.Manifest | None  # what it says of itself
-
-    @property
-    def first_step(self) -> int:
-        return self.manifest.step if self.manifest else 0
-
-
-def make_plan(settings: Settings, task: Task, here: Ranks, holding: ExitStack) -> Plan:
-    """Choose the batches and the run's folder, which `holding` keeps from other processes. Collective.
-
-    Raises UserError, on every rank, for data that do not fill a batch, a folder that is taken, and a checkpoint that is
-    damaged or was made with other settings.
-    """
-    data, parts = task.train, settings.gradient_accumulation_steps * here.world_size
-    schedule = Schedule(data.lengths, settings.epochs, parts, settings.batch_size, settings.batch_tokens,
-                        settings.group_by_length, settings.seed)
-    if schedule.units < schedule.per_step:
-        packs = f" in {schedule.units} packs of --batch_tokens {settings.batch_tokens}" if settings.batch_tokens else ""
-        raise UserError(f"--data {settings.data}: {len(data)} examples{packs}, fewer than one global batch of "
-                        f"{schedule.per_step}")
-    steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
-    dtype = compute_dtype(settings.dtype, here.device)
-    # Ranks and micro-batches may differ from the checkpoint's: the global batches are the same.
-    binding = {name: getattr(settings, name) for name in (
-        "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio",
-        "beta2", "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length", "optimizer", "quantize",
-        "train_layers", "train_on_prompt", "adapter")}
-    binding |= {"steps": steps, "global_batch": schedule.per_step, "dtype": str(dtype), "data": settings.data,
-                "template": task.data.template.name, "fingerprint": data.fingerprint,
-                "bundled_sample": task.data.source.bundled_sample,
-                "base": pretrained.fingerprint(task.folder) if task.folder else None,
-                # As it reads back from JSON, where there are no tuples.
-                "lora": json.loads(json.dumps(asdict(task.adapter))) if task.adapter else None}
-    _agree(binding, here)
-    output, saved, manifest = _from_first_rank(here, lambda: _choose_folder(settings, binding, here, holding))
-    return Plan(schedule, steps, dtype, binding, output, saved, manifest)
-
-
-def _choose_folder(
-    settings: Settings, binding: dict, here: Ranks, holding: ExitStack
-) -> tuple[Path, Path | None, checkpoint.Manifest | None]:
-    """The run's folder and the checkpoint to continue from. Rank 0 looks and decides: two that look might see
-    different things."""
-    resume, name = settings.resume, f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
-    if here.store and here.store.check(["output"]):  # an attempt before this one, which torchrun has started again
-        output = Path(here.store.get("output").decode())
-        resume = "newest" if (output / "run.json").is_file() else None
-    else:
-        output = choose_folder(settings.output, name, bool(resume))
-        if here.store:
-            here.store.set("output", str(output))
-    holding.enter_context(held(output))
-    saved = checkpoint.choose(output / "checkpoints", resume) if resume else None
-    if resume and not saved and ((output / "model").exists() or (output / "adapter").exists()):
-        raise UserError(f"--resume: {output} has a result but no checkpoint to continue from, and a new start would "
-                        "replace it")
-    manifest = checkpoint.read_manifest(saved) if saved else None
-    if saved:
-        checkpoint.compare(saved, manifest.settings, binding, settings.allow_changed)
-        if counts := COUNTS ^ manifest.totals.keys():
-            raise UserError(f"{saved}: its manifest has other counts than {', '.join(sorted(COUNTS))}: {min(counts)}")
-    return output, saved, manifest
-
-
 def train(settings: Settings, task: Task, here: Ranks) -> None:
     """The whole run, from empty shards to the exported model."""
-    with ExitStack() as holding:
-        _train(settings, task, here, make_plan(settings, task, here, holding))
+    folder = f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
+    with ExitStack() as locks:
+        _train(settings, task, here, make_plan(settings, task, here, folder, locks))
 
 
 def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
     began, say = time.perf_counter(), print if here.is_first else _nothing
     output, steps, first_step = plan.output, plan.steps, plan.first_step
-    if first_step == steps and (output / "summary.json").exists():
+    result = "adapter" if task.adapter else "model"
+    finished = [first_step == steps and (output / result).exists() and (output / "summary.json").exists()]
+    dist.broadcast_object_list(finished)  # as rank 0 sees it
+    if finished[0]:
         return say(f"{output} is finished already, after step {steps} of {steps}")
 
     model = build(task.config, here, plan.dtype, settings.sharding == "full",
@@ -346,8 +275,12 @@ def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
             for moved in checkpoint.set_aside(plan.saved.parent, first_step) if here.is_first else []:
                 say(f"{moved}: set aside, it was after step {first_step}")
     with together(output):
+        if here.is_first:
+            (output / "summary.json").unlink(missing_ok=True)  # of a run that ended where this one goes on
         _announce(settings, task, here, model, plan, say)
         journal = Journal(output, first_step) if here.is_first else None
+        if here.is_first and here.store:
+            here.store.set(BEGUN, "")
 
     def held_out() -> dict:  # the loss of answers, also with --train_on_prompt
         if task.data.test is None:
@@ -459,6 +392,8 @@ def _finish(
             seconds = totals["seconds"]  # of the steps alone, without evaluations and saves
             speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
             journal.close()
+            if not journal.path.exists():
+                raise UserError(f"{journal.path}: deleted during the run; {result}/ was written, nothing else")
             summary = {
                 "data": settings.data, "bundled_sample": task.data.source.bundled_sample, "model": settings.model,
                 "ranks": here.world_size, "steps": steps,
@@ -504,31 +439,6 @@ def train_step(
 def _newest(output: Path) -> Path | None:
     found = checkpoint.published(output / "checkpoints")
     return found[-1] if found else None
-
-
-def _from_first_rank(here: Ranks, decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on rank 0, on every rank; where it raises a UserError there, all raise it. Collective."""
-    answer = [None]
-    if here.is_first:
-        try:
-            answer = [decide()]
-        except UserError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
-
-
-def _agree(binding: dict, here: Ranks) -> None:
-    """Every process read its data and chose its defaults alone: stop before any of them could wait for a step that
-    another never makes."""
-    everyone = [None] * here.world_size
-    dist.all_gather_object(everyone, binding)
-    for rank, other in enumerate(everyone):
-        if differing := [name for name in binding if other[name] != everyone[0][name]]:
-            told = "; ".join(f"{name} is {everyone[0][name]!r} and {other[name]!r}" for name in differing)
-            raise UserError(f"ranks 0 and {rank} do not agree: {told}; expected the same files and versions everywhere")
 
 
 def _announce(settings: Settings, task: Task, here: Ranks, model: Llama, plan: Plan, say) -> None:
@@ -583,25 +493,31 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def export_checkpoint(saved: Path, out: Path) -> None:
+def export_checkpoint(saved: Path, out: Path, base: str | None = None) -> None:
     """Write what the run would have left, had it ended with this checkpoint: a model that transformers opens, or an
-    adapter that PEFT does. Needs the model that the run began with, too, for its tokenizer and what was frozen."""
+    adapter that PEFT does. Needs the model that the run began with, too, for its tokenizer and what was frozen: `base`
+    says where it is, if no longer where it was."""
     manifest = checkpoint.read_manifest(saved)
     try:
         binding = manifest.settings
-        name, quantize, train_layers, base = (binding[key] for key in ("model", "quantize", "train_layers", "base"))
-        kind = binding["lora"]
+        quantize, train_layers, seed, kind = (binding[key] for key in ("quantize", "train_layers", "seed", "lora"))
         adapter = Adapter(**kind | {"targets": tuple(kind["targets"])}) if kind else None
+        name = base or binding["model"]
         folder, config_json, config, tokenizer = open_model(name)
-    except (KeyError, TypeError, AttributeError) as error:
+        on_meta(config, torch.float32, lambda model: adapt(model, quantize, train_layers, adapter))
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{saved}: its manifest does not say what the run was ({error!r:.100})") from None
-    if folder and pretrained.fingerprint(folder) != base:
+    if folder and pretrained.fingerprint(folder) != binding["base"]:
         raise UserError(f"{saved}: the run began with other weights than those that are at {folder} now")
     with ranks() as here:
         checkpoint.verify(saved, manifest)
         model = build(config, here, torch.float32, adapt=lambda model: adapt(model, quantize, train_layers, adapter))
-        if train_layers != "all":
+        if folder and train_layers != "all":
             pretrained.load(model, folder)
+        elif train_layers != "all":
+            pretrained.initialize(model, seed)
         checkpoint.load(saved, model, None, manifest.step)
         if adapter:
             lora.save(model, out, adapter, name)
@@ -623,12 +539,9 @@ def main() -> None:
     except UserError as caught:  # told to the others before it is raised: they would wait for this process to join
         task, error = None, caught
     with ranks() as here:
-        try:
-            with together(Path(settings.data)):
-                if error:
-                    raise error
-        except UserError as told:
-            raise error or told from None
+        with together(Path(settings.data)):
+            if error:
+                raise error
         train(settings, task, here)
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from llama import pretrained
 from llama.cli import CheckedSettings, parse, run, setting
-from llama.durable import appearing, first_rank, together, write_durably
+from llama.durable import appearing, write_durably
 from llama.errors import UserError, WeightsError
 from llama.folder import read_json_text
 from llama.hub import find_model
@@ -38,10 +38,10 @@ from llama.slices import (
     local_slice,
     read_tensors,
     region,
-    seeded_generator,
     sharded_parameters,
     write_tensors,
 )
+from llama.together import first_rank, together
 
 VARIANTS = ("lora", "rslora", "dora")
 ALL_LINEAR = "all-linear"
@@ -158,7 +158,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     its part.
     """
     for name, linear in adapted(model).items():
-        whole = torch.empty(linear.lora_A.weight.shape).uniform_(-1, 1, generator=seeded_generator(seed, name))
+        generator = pretrained.seeded_generator(seed, name)
+        whole = torch.empty(linear.lora_A.weight.shape).uniform_(-1, 1, generator=generator)
         whole /= math.sqrt(linear.in_features)
         local, start = local_slice(linear.lora_A.weight)
         local.copy_(whole[region(start, local)])

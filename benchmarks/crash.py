@@ -12,6 +12,7 @@ machine lets us mount one, a small disk fills up for real. `tests/test_crash.py`
 
 import argparse
 import errno
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -25,7 +26,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -60,6 +63,11 @@ class Outcome:
     log: str
     events: list[list[str]] = field(default_factory=list)
     hung: bool = False
+
+    @property
+    def struck(self) -> str:
+        """The kind of change at which the fault happened."""
+        return next((line.split()[1] for events in self.events for line in events if line.startswith("fault ")), "?")
 
 
 # Inside one rank
@@ -117,12 +125,13 @@ class Disk:
             self.note(what)
             if not self.fault or self.count != self.fault.at:
                 return
+            self.note(f"fault {what}")
         if self.fault.error:
             raise OSError(self.fault.error, os.strerror(self.fault.error))
-        if self.count % 2:
-            half()
         me = os.getpid()
         pids = {rank: int((self.notes / f"pid-{rank}").read_text()) for rank in self.fault.victims}
+        if self.count % 2 and me in pids.values():
+            half()
         for pid in sorted(pids.values(), key=lambda pid: pid == me):  # this process last
             os.kill(pid, signal.SIGKILL)
 
@@ -143,6 +152,7 @@ def work(rank: int, port: int, arguments: list[str], fault: Fault | None, notes:
     import fsdp_train
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR2)
     Disk(rank, fault, notes).install()
     sys.argv = ["fsdp_train.py", *arguments]
     fsdp_train.run(fsdp_train.main)
@@ -180,21 +190,26 @@ class Runner:
             rank, port, [*self.arguments, "--output", str(out), *resume], fault, notes)) for rank in range(RANKS)]
         for process in processes:
             process.start()
-        began, hung = time.monotonic(), False
+        hung = False
         if victims:
             wait([process.sentinel for process in processes], kill_after)
             for rank in victims:
                 processes[rank].kill()
-        waiting = {process.sentinel for process in processes}
-        while waiting:
-            ended = wait(list(waiting), max(0.1, began + TIMEOUT - time.monotonic()))
-            waiting -= set(ended)
-            if not ended:
-                hung = True
-                for process in processes:
-                    process.kill()
+        wait([process.sentinel for process in processes], TIMEOUT)  # now one has ended; the rest is as torchrun does it
+        for patience, number in ((3, signal.SIGTERM), (30, signal.SIGUSR2), (1, signal.SIGKILL)):
+            give_up = time.monotonic() + patience
+            while any(process.is_alive() for process in processes) and time.monotonic() < give_up:
+                time.sleep(0.02)
+            for process in processes if victims or any(process.exitcode for process in processes) else []:
+                if process.is_alive():
+                    hung = hung or number == signal.SIGUSR2  # which prints where it is
+                    os.kill(process.pid, number)
         for process in processes:
-            process.join()
+            process.join(TIMEOUT)
+            if process.is_alive():
+                hung = True
+                process.kill()
+                process.join()
         texts = {path.name: path.read_text(errors="replace") for path in notes.iterdir()}
         shutil.rmtree(notes)
         return Outcome([process.exitcode for process in processes],
@@ -230,6 +245,7 @@ def make_model(folder: Path) -> None:
 
 def contents(out: Path) -> dict[str, object]:
     """What must be equal bitwise: every number of the run but those that measure time and memory."""
+    import torch
     from safetensors.torch import load_file
 
     from llama.checkpoint import published
@@ -237,7 +253,7 @@ def contents(out: Path) -> dict[str, object]:
     files = [*published(out / "checkpoints")[-1].glob("*.safetensors"), *out.glob("model/*.safetensors"),
              *out.glob("adapter/*.safetensors")]
     found = {f"{path.name}:{name}": (tensor.dtype, tensor.numpy().tobytes() if tensor.dtype.itemsize != 2 else
-                                     tensor.view(dtype=__import__("torch").int16).numpy().tobytes())
+                                     tensor.view(dtype=torch.int16).numpy().tobytes())
              for path in files for name, tensor in load_file(path).items()}
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         key = f"metrics:{line['step']}:{'held_out' if 'held_out' in line else 'loss'}"
@@ -248,8 +264,8 @@ def contents(out: Path) -> dict[str, object]:
     return found | {"after": summary["after"], "before": summary["before"]}
 
 
-def damage(out: Path, events: list[list[str]]) -> list[str]:
-    """What a kill has broken: checkpoints that are not whole, or that had been published and are gone."""
+def damage(out: Path, events: list[str]) -> list[str]:
+    """What a kill has broken: checkpoints that are not whole, or that had been published by rank 0 and are gone."""
     from llama import checkpoint
 
     there = checkpoint.published(out / "checkpoints")
@@ -259,7 +275,7 @@ def damage(out: Path, events: list[list[str]]) -> list[str]:
             checkpoint.verify(path, checkpoint.read_manifest(path))
         except checkpoint.CheckpointError as error:
             problems.append(str(error))
-    told = [Path(line.split(" ", 1)[1]).name for line in events[0] if line.startswith("renamed ")]
+    told = [Path(line.split(" ", 1)[1]).name for line in events if line.startswith("renamed ")]
     steps = [name for name in told if checkpoint.NAME.fullmatch(name)]
     if steps and (not there or there[-1].name < max(steps)):
         problems.append(f"{max(steps)} had been published, {there[-1].name if there else 'nothing'} is there")
@@ -290,21 +306,22 @@ class Harness:
         self.points = outcome.events
         self.reference = contents(scratch / f"{scenario}-reference")
 
-    def moments(self, count: int) -> list[Fault]:
-        """`count` changes of the disk: all kinds of both ranks, spread over the run, the many pwrites thinned out."""
-        rare, often = [], []
+    def moments(self) -> Iterator[Fault]:
+        """Changes of the disk, one of each kind and rank in turn: the many pwrites come no oftener than the rest."""
+        kinds: dict[tuple, list[Fault]] = {}
         for rank, events in enumerate(self.points):
             numbered = [line for line in events if not line.startswith(("renamed ", "replaced "))]
             for at, what in enumerate(numbered, 1):
-                (often if what.startswith("pwrite") else rare).append(Fault(rank, at))
-        self.random.shuffle(rare)
-        self.random.shuffle(often)
-        share = min(len(often), max(count // 4, count - len(rare)))
-        return (often[:share] + rare)[:count]
+                kinds.setdefault((rank, what.split()[0]), []).append(Fault(rank, at))
+        order = self.random.sample(list(kinds.values()), len(kinds))
+        while True:
+            for faults in order:
+                yield replace(self.random.choice(faults))
 
     def chain(self, first: Fault | None, again: bool) -> None:
         """One kill (None: at a random moment), perhaps another in the resumed run, then on to the end."""
         self.number += 1
+        self.seen = []
         out = self.scratch / f"{self.runner.scenario}-{self.number}"
         for _ in range(2 if again else 1):
             victims = self.random.choice([(0,), (1,), (0, 1)])
@@ -314,23 +331,24 @@ class Harness:
             else:
                 outcome = self.runner.run(out, kill_after=self.random.uniform(0, self.duration), victims=victims)
             self.after_kill(out, outcome, victims, first)
-            if first:
-                first = Fault(first.rank, self.random.randint(1, max(1, first.at)))
+            if first:  # anywhere up to there: a resumed run has less to do
+                first = Fault(first.rank, self.random.randint(1, first.at))
         outcome = self.runner.run(out)
         self.compare(out, outcome)
         shutil.rmtree(out)
 
     def after_kill(self, out: Path, outcome: Outcome, victims: tuple, fault: Fault | None) -> None:
+        self.seen += outcome.events[0]
         if -signal.SIGKILL not in outcome.codes:
             self.table["ended before its kill"] += 1
             return
         self.table["kills"] += 1
         self.table[f"of {'both ranks' if len(victims) == 2 else 'one rank'}"] += 1
-        self.table["at a change of the disk" if fault else "at a random moment"] += 1
-        self.table["checkpoints being written, lost"] += unpublished(outcome.events)
+        self.table[f"at a {outcome.struck}" if fault else "at a random moment"] += 1
+        self.table["checkpoints unfinished when killed"] += unpublished(outcome.events)
         if outcome.hung:
             self.problem(f"hung after a kill of {victims}", outcome)
-        for told in damage(out, outcome.events):
+        for told in damage(out, self.seen):
             self.table["published checkpoints damaged or lost"] += 1
             self.problem(told, outcome)
 
@@ -356,9 +374,9 @@ class Harness:
         self.table["disk errors"] += 1
         if outcome.hung or outcome.codes not in ([2] * RANKS, [0] * RANKS) or "Traceback" in outcome.log:
             self.problem(f"{fault}: ended with {outcome.codes}", outcome)
-        for told in damage(out, outcome.events):
+        for told in damage(out, outcome.events[0]):
             self.problem(told, outcome)
-        self.table["told in one line" if any(outcome.codes) else "harmless"] += 1
+        self.table["told in one line" if any(outcome.codes) else f"harmless ({outcome.struck})"] += 1
         self.compare(out, self.runner.run(out))
         shutil.rmtree(out)
 
@@ -376,7 +394,7 @@ class Harness:
             self.table["full disks"] += 1
             if outcome.codes != [2] * RANKS or "No space left" not in outcome.log or "Traceback" in outcome.log:
                 self.problem(f"a full disk: ended with {outcome.codes}", outcome)
-            for told in damage(disk / "out", outcome.events):
+            for told in damage(disk / "out", outcome.events[0]):
                 self.problem(told, outcome)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             self.compare(disk / "out", self.runner.run(disk / "out"))
@@ -391,13 +409,11 @@ class Harness:
 def crash(scratch: Path, scenario: str, kills: int, faults: int, seed: int = 0, show=lambda done: None) -> Harness:
     """At least `kills` kills and `faults` disk errors on runs of one scenario."""
     harness = Harness(scratch, scenario, seed)
-    moments = harness.moments(10 * kills + faults)
-    for code, fault in zip([errno.ENOSPC, errno.EROFS] * faults, moments[:faults], strict=False):
-        harness.refuse(Fault(fault.rank, fault.at), code)
-    number = 0
+    moments, number = harness.moments(), 0
+    for _, code in zip(range(faults), cycle([errno.ENOSPC, errno.EROFS]), strict=False):
+        harness.refuse(next(moments), code)
     while harness.table["kills"] < kills and number < 3 * kills:
-        at = moments[number % len(moments)]
-        harness.chain(None if number % 4 == 3 else Fault(at.rank, at.at), again=number % 3 == 2)
+        harness.chain(None if number % 4 == 3 else next(moments), again=number % 3 == 2)
         number += 1
         show(harness.table["kills"])
     if faults:
@@ -409,6 +425,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="at least so many, over all scenarios")
     parser.add_argument("--faults", type=int, default=60, help="disk errors, over all scenarios")
+    parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write the table to this JSON file")
     args = parser.parse_args()
@@ -416,14 +433,15 @@ def main() -> None:
 
     began, tables, problems = time.monotonic(), {}, []
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=args.kills, unit=" kills") as progress:
-        for scenario in SCENARIOS:
-            share = -(-args.kills // len(SCENARIOS))
+        scenarios = args.scenarios.split(",")
+        for scenario in scenarios:
+            share = -(-args.kills // len(scenarios))
             before = progress.n
 
             def show(done: int, before: int = before) -> None:
                 progress.update(before + done - progress.n)
 
-            harness = crash(Path(scratch), scenario, share, -(-args.faults // len(SCENARIOS)), args.seed, show)
+            harness = crash(Path(scratch), scenario, share, -(-args.faults // len(scenarios)), args.seed, show)
             tables[scenario] = dict(harness.table)
             problems += harness.problems
     seconds = time.monotonic() - began

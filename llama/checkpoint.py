@@ -5,8 +5,9 @@
         optimizer.safetensors     both moments of AdamW
         manifest.json             step, counts, size and digest of each file, what a resumed run must share
 
-Every rank writes its own slices into shared files under a temporary name; when all are on disk, rank 0 renames the
-folder. Files hold whole tensors, so they can be read back by any number of ranks; and nothing in them is a pickle.
+Every rank writes its own slices into shared files in step-000100.tmp; when all are on disk, rank 0 renames the folder.
+One that is being deleted is .deleting, one that is newer than what a run went back to .aside: neither is a checkpoint.
+Files hold whole tensors, so they can be read back by any number of ranks; and nothing in them is a pickle.
 
     python -m llama.checkpoint list RUN                      what is there
     python -m llama.checkpoint verify RUN                    is it whole: reads every byte
@@ -29,14 +30,16 @@ import torch.distributed as dist
 from torch import nn
 
 from llama.cli import Parser, run
-from llama.durable import digests, first_rank, sync, together, write_durably
+from llama.durable import appearing, digests, write_durably
 from llama.errors import UserError, WeightsError, one_line
 from llama.folder import inside, read_json_text
 from llama.optim import optimizer_tensors, set_optimizer_step
 from llama.slices import Part, read_tensors, sharded_parameters, write_tensors
+from llama.together import first_rank, together
 
 NAME = re.compile(r"step-(\d{6,9})")
 MANIFEST = "manifest.json"
+DELETING = ".deleting"
 PIN = "keep"  # a file of this name in a checkpoint's folder, which anybody may put there, saves it from deletion
 
 
@@ -101,15 +104,20 @@ def read_manifest(path: Path) -> Manifest:
         typed = {"step": int, "ranks": int, "settings": dict, "totals": dict, "held_out": dict, "files": dict}
         if wrong := [name for name, kind in typed.items() if type(getattr(found, name)) is not kind]:
             raise TypeError(f"{wrong[0]} is not of its kind")
+        if not all({name: type(value) for name, value in file.items()} == {"bytes": int, "sha256": str}
+                   for file in found.files.values()):
+            raise ValueError("files without size and digest")
         numbers = [*found.totals.values(), *found.held_out.values()]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("a count is not a number")
+        if found.totals.get("seconds", 1) <= 0:
+            raise ValueError("it took no time")
         if found.step != step_of(path):
             raise ValueError(f"step {found.step!r:.40}")
     except WeightsError as error:
-        raise CheckpointError(f"{error}; {_older_than(path)}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: damaged ({one_line(error)}); {_older_than(path)}") from None
+        raise CheckpointError(f"{error}; {_way_back(path)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where}: damaged ({one_line(error)}); {_way_back(path)}") from None
     return found
 
 
@@ -122,7 +130,7 @@ def compare(path: Path, saved: dict, settings: dict, allowed: str = "") -> None:
     if unknown := tolerated - settings.keys():
         raise CheckpointError(f"--allow_changed {','.join(sorted(unknown))!r:.100}: expected names among "
                               f"{', '.join(sorted(settings))}")
-    differing = [f"{k} was {saved.get(k)!r}, is {settings.get(k)!r}"
+    differing = [f"{k} was {saved.get(k)!r:.200}, is {settings.get(k)!r:.200}"
                  for k in sorted((saved.keys() | settings.keys()) - tolerated) if saved.get(k) != settings.get(k)]
     if differing:
         raise CheckpointError(f"{path}: made with other settings: {'; '.join(differing)}")
@@ -142,16 +150,15 @@ def verify(path: Path, manifest: Manifest) -> None:
                 raise WeightsError(f"{path / min(more)}: not in the manifest")
         found = digests(path, sorted(manifest.files))
     except WeightsError as error:
-        raise CheckpointError(f"{error}; {_older_than(path)}") from None
+        raise CheckpointError(f"{error}; {_way_back(path)}") from None
     for name, expected in manifest.files.items():
         if found[name] != expected:
-            told = "; expected ".join(f"{of['bytes']:,} bytes, digest {of['sha256'][:12]}" if isinstance(of, dict)
-                                      and {"bytes", "sha256"} == of.keys() else "its size and digest"
-                                      for of in (found[name], expected))
-            raise CheckpointError(f"{path / name}: damaged: {told}; {_older_than(path)}")
+            told = "; expected ".join(f"{file['bytes']:,} bytes, digest {file['sha256']:.12}"
+                                      for file in (found[name], expected))
+            raise CheckpointError(f"{path / name}: damaged: {told}; {_way_back(path)}")
 
 
-def _older_than(path: Path) -> str:
+def _way_back(path: Path) -> str:
     older = [p.name for p in published(path.parent) if step_of(p) < step_of(path)]
     return f"to continue from the one before it: --resume {older[-1]}" if older else "there is no older checkpoint"
 
@@ -164,7 +171,8 @@ def _digest(content: dict) -> str:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int) -> None:
-    """Fill model and optimizer from a checkpoint of `step` updates, written by any number of ranks."""
+    """Fill model and optimizer (None: the model alone) from a checkpoint of `step` updates, written by any number of
+    ranks. Raises WeightsError for tensors that are missing, foreign or of another shape."""
     weights = _trainable(model)
     read_tensors(weights, path, "model")
     if optimizer:
@@ -189,8 +197,8 @@ class Saver:
     ) -> None:
         """Write `folder/step-NNNNNN`. Collective. Waits for the save before it, which is published first.
 
-        Raises WeightsError, on every rank, when any rank cannot write; then nothing has been published or deleted. In
-        the background that is raised by the next `save` or `wait`.
+        Raises WeightsError, on every rank, when any rank cannot write; then nothing has been deleted. In the background
+        that is raised by the next `save` or `wait`.
         """
         self.wait()
         weights = _trainable(model)
@@ -226,34 +234,27 @@ class Saver:
 
 
 def _write(folder: Path, parts: dict, about: dict, keep: int, group: dist.ProcessGroup | None = None) -> None:
-    target = folder / f"step-{about['step']:06d}"
-    written = target.with_suffix(".tmp")
-    with together(written, group):
-        if first_rank():
-            if target.exists():
-                raise CheckpointError(f"{target}: exists already, and is never overwritten")
-            for left_over in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:  # by a run that died here
-                shutil.rmtree(left_over)
-            written.mkdir(parents=True)
-    for stem, tensors in parts.items():
-        write_tensors(tensors, written, stem, group=group)
-    with together(written, group):
-        names = sorted(path.name for path in written.iterdir())
-    files = digests(written, names, group)
-    with together(written, group):
-        if first_rank():
-            content = about | {"files": files}
-            content = json.loads(json.dumps(content))  # as it reads back: no tuples, and no keys but strings
-            text = json.dumps(content | {"sha256": _digest(content)}, indent=2)
-            write_durably(written / MANIFEST, text + "\n")
-            sync(written)
-            written.rename(target)
-            sync(folder)
-            for old in _superfluous(folder, keep):
-                _delete(old)
+    with together(folder, group):
+        for left_over in [*folder.glob("step-*.tmp"), *folder.glob(f"step-*{DELETING}")] if first_rank() else []:
+            _remove(left_over)  # of a run that died there
+    with appearing(folder / f"step-{about['step']:06d}", lambda name: True, group) as unfinished:
+        for stem, tensors in parts.items():
+            write_tensors(tensors, unfinished, stem, group=group)
+        with together(unfinished, group):
+            names = sorted(path.name for path in unfinished.iterdir())
+        files = digests(unfinished, names, group)
+        with together(unfinished, group):
+            if first_rank():
+                content = about | {"files": files}
+                content = json.loads(json.dumps(content))  # as it reads back: no tuples, and no keys but strings
+                text = json.dumps(content | {"sha256": _digest(content)}, indent=2)
+                write_durably(unfinished / MANIFEST, text + "\n")
+    with together(folder, group):
+        for old in _to_delete(folder, keep) if first_rank() else []:
+            _delete(old)
 
 
-def _superfluous(folder: Path, keep: int) -> list[Path]:
+def _to_delete(folder: Path, keep: int) -> list[Path]:
     """All but the newest `keep`, the best and the pinned ones."""
     found = published(folder)
     if keep == -1:
@@ -291,12 +292,20 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _delete(path: Path) -> None:
     """Rename first: a crash halfway must not leave half a checkpoint under a whole one's name."""
-    doomed = path.with_suffix(".old")
+    doomed = path.with_suffix(DELETING)
     try:
         path.rename(doomed)
-        shutil.rmtree(doomed)
     except OSError as error:
-        warnings.warn(f"{path}: could not be deleted ({error.strerror})", stacklevel=2)
+        warnings.warn(f"{path}: could not be deleted ({one_line(error)})", stacklevel=2)
+    else:
+        _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    except OSError as error:
+        warnings.warn(f"{path}: could not be deleted ({one_line(error)})", stacklevel=2)
 
 
 # The command
@@ -314,7 +323,7 @@ def listing(folder: Path) -> str:
             size = sum(file["bytes"] for file in manifest.files.values())
             told = [f"{size / 1e6:,.1f} MB", f"written by {manifest.ranks} ranks",
                     *(f"{name} {value:.4g}" for name, value in manifest.held_out.items()), *marks]
-        except (CheckpointError, LookupError, TypeError) as error:
+        except CheckpointError as error:
             told = [one_line(error)]
         lines.append(f"{path.name}  {'  '.join(told)}")
     others = sorted(path.name for path in (folder / "checkpoints").glob("step-*") if path not in found)
@@ -330,6 +339,7 @@ def main() -> None:
         command.add_argument("run", type=Path, help="the run's folder")
         if name == "export":
             command.add_argument("out", type=Path, help="the folder to make")
+            command.add_argument("--model", help="where the model is that the run began with, if it has moved")
         if name != "list":
             command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")
     asked = parser.parse_args()
@@ -348,7 +358,7 @@ def main() -> None:
     if asked.command == "export":
         import fsdp_train  # which knows how a run builds its model, and imports this module
 
-        fsdp_train.export_checkpoint(chosen[0], asked.out)
+        fsdp_train.export_checkpoint(chosen[0], asked.out, asked.model)
         return
     damaged = []
     for path in chosen if asked.step else found:

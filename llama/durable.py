@@ -1,4 +1,4 @@
-"""What is on disk is whole: files and folders that appear at once, are proved by digests, and fail on all ranks alike.
+"""What is on disk is whole: files and folders that appear at once, and are proved by digests.
 
 A crash can stop a program between any two instructions. So everything is written under a temporary name, forced to
 the disk, and only then given its own name, which is one step for the file system: it happened or it did not.
@@ -7,47 +7,16 @@ the disk, and only then given its own name, which is one step for the file syste
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 
-from llama.errors import UserError, WeightsError, one_line
+from llama.errors import WeightsError
+from llama.together import first_rank, together, wait_until_visible
 
 BLOCK = 64 * 2**20  # bytes hashed at a time: what ranks share a large file's digest by
-PATIENCE = 60.0  # seconds to wait for what another machine wrote to show on a shared disk
-
-
-def first_rank() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@contextmanager
-def together(where: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What fails on one rank inside this block fails on all: nobody waits for a rank that is gone. Collective.
-
-    Raises WeightsError on every rank when any had an OSError or a UserError; other errors stay as they are on
-    the rank that had them. Leaving the block is a barrier. A thread of its own needs a process group of its own.
-    """
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    message = error and one_line(error)
-    if isinstance(error, OSError):
-        message = f"{error.filename or where}: {error.strerror}"
-    messages = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message, group=group)
-    if error and not isinstance(error, OSError | UserError):
-        raise error
-    if failed := next(filter(None, messages), None):
-        raise WeightsError(failed)
 
 
 def sync(path: Path) -> None:
@@ -75,26 +44,20 @@ def replace_durably(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def wait_until_visible(path: Path) -> None:
-    """On a disk shared by machines a name can show late. Raises WeightsError when it has not after PATIENCE."""
-    give_up = time.monotonic() + PATIENCE
-    while not os.path.lexists(path):
-        if time.monotonic() > give_up:
-            raise WeightsError(f"{path}: written by another rank, but not to be seen here after {PATIENCE:.0f} s; "
-                               "expected one disk that all machines share")
-        time.sleep(0.1)
-
-
 @contextmanager
-def appearing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
+def appearing(
+    folder: Path, ours: Callable[[str], bool], group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
     """A new folder to write into, which gets its name when the block is left without an error. Collective.
 
     `ours` says which file names such a folder can hold: what an earlier attempt left behind is deleted, but never a
     folder with anything else in it. Raises WeightsError, on every rank, if the name is taken.
     """
     folder = Path(folder)
+    if not folder.name or folder.name == "..":
+        raise WeightsError(f"{folder}: exists already, expected a name that is free")
     unfinished = folder.with_name(folder.name + ".tmp")
-    with together(folder):
+    with together(folder, group):
         if first_rank():
             if os.path.lexists(folder):
                 raise WeightsError(f"{folder}: exists already, expected a name that is free")
@@ -106,7 +69,7 @@ def appearing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
                 shutil.rmtree(unfinished)
             unfinished.mkdir(parents=True)
     yield unfinished
-    with together(folder):
+    with together(folder, group):
         if first_rank():
             sync(unfinished)
             unfinished.rename(folder)

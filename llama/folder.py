@@ -11,7 +11,7 @@ LARGEST_JSON = 64 * 2**20  # bytes: an index of a million tensors; a configurati
 def inside(folder: Path, name: str, suffix: str) -> Path:
     """`folder/name` with links followed. Raises WeightsError unless that is a file of this very folder."""
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
-        raise WeightsError(f"{folder}: the index names {some([name])}, expected a plain *{suffix} file name")
+        raise WeightsError(f"{folder}: names {some([name])}, expected a plain file name" + f" *{suffix}" * bool(suffix))
     home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     # The hub's cache keeps contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home

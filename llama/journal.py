@@ -14,8 +14,8 @@ from llama.errors import UserError, printable
 def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
     """Make and name the folder of this run. A former run's folder is only ever continued, and only when asked.
 
-    Without a wish, `default`, or the first free of default-2, default-3, ...; to resume, the newest of those.
-    Raises UserError for a wished folder that is taken, to resume where no run of ours is, and where none can be made.
+    Where none is `wanted`, `default`, or the first free of default-2, default-3, ...; to resume, the newest of those.
+    Raises UserError for a wanted folder that is taken, to resume where no run of ours is, and where none can be made.
     """
     if wanted is not None:
         folder = Path(wanted)
@@ -39,10 +39,11 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """No other process writes into the folder meanwhile. The system lets go of it when this process dies.
 
-    Raises UserError when another one is at it, as two `--resume` of one run would be.
+    Raises UserError when another one is at it, as two `--resume` of one run would be. Where the file system knows no
+    locks, it promises nothing.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -69,7 +70,7 @@ def _make(folder: Path, exist_ok: bool) -> bool:
 
 
 class Journal:
-    """Appends one whole line a step to metrics.jsonl; a crash can only ever lose the line being written.
+    """Appends one whole line a step to metrics.jsonl; a process that dies can only lose the line it was writing.
 
     A disk that refuses a line is told in `error`: other ranks may be waiting, so it is not raised in the middle of a
     step.

@@ -8,6 +8,7 @@ one included.
 import ctypes
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ def ranks() -> Iterator[Ranks]:
     CUDA and NCCL where there are GPUs, CPU and gloo where there are none. Raises UserError when a node was given more
     processes than it has GPUs.
     """
-    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    launched = {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
@@ -65,12 +66,11 @@ def ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if "MASTER_ADDR" in os.environ:
+    if launched:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     else:
-        store = dist.HashStore()
-    # After a restart by torchrun the store still holds the dead attempt's addresses: each attempt its own keys.
-    ours = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    ours = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=ours, rank=rank, world_size=world_size, timeout=TIMEOUT)
     leave = True
@@ -88,6 +88,31 @@ def ranks() -> Iterator[Ranks]:
             # aborted ("terminate called without an active exception"): seen in 5 of 8 short runs on 4 ranks, in none
             # with this.
             time.sleep(0.2)
+
+
+def name_of_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that no earlier attempt had, the same on every rank, to keep this one's keys under. Collective.
+
+    After a restart by torchrun the store still holds the addresses of dead processes, and its count of restarts may
+    differ from node to node. So every process asks under a name of its own, and rank 0 answers whoever has ever asked
+    until all that live have their answer.
+    """
+    name, give_up = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    if rank > 0:
+        store.set(f"asked/{store.add('asked', 1)}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.add(f"{name}/heard", 1)
+        return name
+    answered = set()
+    while (heard := store.add(f"{name}/heard", 0)) < world_size - 1:
+        for number in set(range(1, store.add("asked", 0) + 1)) - answered:
+            if store.check([f"asked/{number}"]):
+                store.set(f"answer/{store.get(f'asked/{number}').decode()}", name)
+                answered.add(number)
+        if time.monotonic() > give_up:
+            raise UserError(f"only {heard + 1} of {world_size} processes have joined after {TIMEOUT}")
+        time.sleep(0.01)
+    return name
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llama.config import ModelConfig, read_config
-from llama.durable import appearing, first_rank, sync, together, write_durably
+from llama.durable import appearing, sync, write_durably
 from llama.errors import UserError
 from llama.model import Llama
 from llama.quantize import QuantizedLinear
@@ -22,10 +22,10 @@ from llama.slices import (
     local_slice,
     read_tensors,
     region,
-    seeded_generator,
     sharded_parameters,
     write_tensors,
 )
+from llama.together import first_rank, together
 from llama.tokenizer import Tokenizer, load_tokenizer
 
 # What an export writes: a left-over folder with anything else in it is not ours to delete.
@@ -112,6 +112,12 @@ def initialize(model: Llama, seed: int) -> None:
         whole = torch.empty(parameter.shape, dtype=torch.float32)
         whole.normal_(0.0, model.config.initializer_range, generator=seeded_generator(seed, name))
         local.copy_(whole[region(start, local)])
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for everything that is drawn at random under a name."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def export(

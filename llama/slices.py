@@ -5,7 +5,6 @@ rank maps the files into memory and copies its own slices out, or writes its own
 copy of the whole anywhere. https://github.com/huggingface/safetensors
 """
 
-import hashlib
 import json
 import math
 import os
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llama.durable import first_rank, sync, together, wait_until_visible, write_durably
+from llama.durable import sync, write_durably
 from llama.errors import WeightsError, one_line, some
 from llama.folder import inside, read_json_text
+from llama.together import first_rank, together, wait_until_visible
 
 PIECE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beyond its shard
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -285,12 +285,6 @@ def _write_at(file, data, position: int) -> None:
             place = f"{len(data):,} bytes at {position:,}"
             raise WeightsError(f"{file.name}: {error.strerror}, writing {place}") from None
         data, position = data[written:], position + written
-
-
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for everything that is drawn at random under a name."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

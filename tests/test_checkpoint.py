@@ -20,7 +20,7 @@ from sharded import here
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from llama import checkpoint, durable
+from llama import checkpoint, durable, together
 from llama.checkpoint import CheckpointError, Saver, best, choose, published, read_manifest, verify
 from llama.errors import UserError, WeightsError
 from llama.optim import build_adamw
@@ -149,7 +149,8 @@ def rewrite(path: Path, change) -> None:
     {"step": 5}, {"step": "1"}, {"step": True}, {"step": None}, {"settings": []}, {"totals": {"examples": "many"}},
     {"totals": {"examples": float("nan")}}, {"held_out": {"loss": None}}, {"files": ["model.safetensors"]},
     {"files": {"model.safetensors": 3}}, {"files": {"model.safetensors": {"bytes": 1}}}, {"more": 1}, {"ranks": 1.0},
-    {"held_out": 3},
+    {"held_out": 3}, {"totals": {"examples": 10**400}}, {"held_out": {"loss": 10**400}}, {"totals": {"seconds": 0}},
+    {"files": {"model.safetensors": {"bytes": "x", "sha256": "y"}}},
 ], ids=str)  # fmt: skip
 def test_a_manifest_of_another_form_is_told_in_one_line(tmp_path, change):
     """R5: also where its digest is right."""
@@ -181,7 +182,7 @@ def test_the_newest_is_chosen_by_number_or_the_one_that_is_named(tmp_path):
     """R1: names of anything unfinished or set aside are not checkpoints."""
     assert choose(tmp_path / "absent", "newest") is None and choose(tmp_path, "newest") is None
     saved(tmp_path, [2, 1_000_000, 999_999])
-    for name in ("step-2000000.tmp", "step-2000000.old", "step-000005.aside", "step-5", "step-00000x"):
+    for name in ("step-2000000.tmp", "step-2000000.deleting", "step-000005.aside", "step-5", "step-00000x"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-000007").write_text("a file")
     assert names(tmp_path) == ["step-000002", "step-999999", "step-1000000"]
@@ -196,7 +197,7 @@ def test_a_published_checkpoint_is_never_written_again(tmp_path):
     """R2: the second save of a step stops, and what is there stays."""
     path = saved(tmp_path, [1, 2]) / "step-000002"
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    with pytest.raises(WeightsError, match="step-000002: exists already, and is never overwritten"):
+    with pytest.raises(WeightsError, match="step-000002: exists already, expected a name that is free"):
         saved(tmp_path, [2])
     assert before == {p.name: p.read_bytes() for p in path.iterdir()} and names(tmp_path) == [
         "step-000001", "step-000002"]
@@ -250,7 +251,7 @@ def test_nothing_is_deleted_before_the_new_one_is_published(tmp_path, monkeypatc
 
     def crash(path):
         seen.append((path.name, names(tmp_path)))
-        path.rename(path.with_suffix(".old"))
+        path.rename(path.with_suffix(".deleting"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_delete", crash)
@@ -265,10 +266,25 @@ def test_nothing_is_deleted_before_the_new_one_is_published(tmp_path, monkeypatc
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
     """R4: training goes on."""
     saved(tmp_path, [1])
-    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="step-000001: could not be deleted .busy."):
+    told = "step-000001.deleting: could not be deleted .*busy"
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match=told):
         patched.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy")))
         saved(tmp_path, [2], keep=1)
-    assert names(tmp_path) == ["step-000002"]
+    with pytest.warns(UserWarning, match=told), monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(16, "busy")))
+        saved(tmp_path, [3], keep=-1)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_a_checkpoint_on_another_disk_is_let_go_and_a_backup_of_the_users_stays(tmp_path):
+    """R4, R17: only the link is deleted; names that this code does not use are nobody's left-overs."""
+    saved(tmp_path / "elsewhere", [1])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/step-000001").symlink_to(tmp_path / "elsewhere/step-000001")
+    shutil.copytree(tmp_path / "elsewhere/step-000001", tmp_path / "run/step-000001.old")
+    saved(tmp_path / "run", [2], keep=1)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-000001.old", "step-000002"]
+    assert problem(tmp_path / "elsewhere/step-000001") == ""
 
 
 # On disk before it has its name
@@ -309,6 +325,7 @@ def test_a_disk_that_fails_at_any_call_leaves_the_older_checkpoints_and_is_told(
             Saver(tmp_path, 1).save(2, model, optimizer, SETTINGS, TOTALS)
         except WeightsError as error:
             assert "No space left" in str(error) and str(tmp_path) in str(error)
+            assert "step-000001" in names(tmp_path)
             if call == "pwrite":
                 assert "writing " in str(error) and "bytes at" in str(error)
         finally:
@@ -337,14 +354,14 @@ def late_reader(folder: Path) -> list[str]:
     model = fully_shard(small_model(), mesh=ours.mesh)
     if not ours.is_first:
         path = SimpleNamespace(**vars(os.path) | {"lexists": late})
-        durable.os = SimpleNamespace(**vars(os) | {"path": path})
+        together.os = SimpleNamespace(**vars(os) | {"path": path})
     try:
         began = time.monotonic()
         Saver(folder, 1).save(1, model, build_adamw(model, 0.1, 0.0), {}, {})
         assert ours.is_first or time.monotonic() - began > 0.3
         verify(folder / "step-000001", read_manifest(folder / "step-000001"))
     finally:
-        durable.os = os
+        together.os = os
     return sorted(p.name for p in (folder / "step-000001").iterdir())
 
 
@@ -357,9 +374,9 @@ def test_ranks_wait_for_files_that_show_late(ranks, tmp_path):
 
 def test_waiting_for_a_file_ends(tmp_path, monkeypatch):
     """R22: a node with a disk of its own is told, not waited for."""
-    monkeypatch.setattr(durable, "PATIENCE", 0.2)
+    monkeypatch.setattr(together, "PATIENCE", 0.2)
     with pytest.raises(WeightsError, match="x: written by another rank, but not to be seen here"):
-        durable.wait_until_visible(tmp_path / "x")
+        together.wait_until_visible(tmp_path / "x")
 
 
 # In the background
@@ -531,6 +548,7 @@ def test_the_commands_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         (["export", tmp_path], "required: out"),
         (["verify", tmp_path, "--step", "best"], "no checkpoint has a held-out"),
         (["export", tmp_path, tmp_path / "out"], "does not say what the run was"),
+        (["export", tmp_path], "required: out"),
     ):
         with pytest.raises(UserError, match=told):
             run(*words)

@@ -463,7 +463,7 @@ def test_an_export_needs_the_weights_that_the_run_began_with(run, folders, data,
     with pytest.raises(UserError, match="exists already"):
         fsdp_train.export_checkpoint(saved, tmp_path / "out/model")
     weights = bytearray((base / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
+    weights[len(weights) // 2] ^= 1
     (base / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="began with other weights"):
         fsdp_train.export_checkpoint(saved, tmp_path / "exported")
@@ -472,3 +472,41 @@ def test_an_export_needs_the_weights_that_the_run_began_with(run, folders, data,
     with pytest.raises(UserError, match="damaged"):
         fsdp_train.export_checkpoint(saved, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_tiny_run_of_frozen_layers_exports_with_the_weights_it_drew(ranks, data, cache, tmp_path):
+    """R24: what was frozen is not in the checkpoint; the seed is."""
+    chosen = fsdp_train.Settings(data=str(data), output=str(tmp_path / "out"), max_length=192, train_layers="last:1",
+                                 max_steps=2, batch_size=4, eval_limit=8, seed=3).with_recipe(1)
+    ranks(1, in_workers, cache, chosen)
+    fsdp_train.export_checkpoint(checkpoint.published(tmp_path / "out/checkpoints")[-1], tmp_path / "exported")
+    expected = (tmp_path / "out/model/model.safetensors").read_bytes()
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == expected
+
+
+def test_an_export_finds_a_base_that_has_moved_and_refuses_nonsense(ranks, folders, data, cache, tmp_path):
+    """R7, R14: whose digest is right, too."""
+    from test_checkpoint import rewrite
+
+    base = shutil.copytree(folders["untied"], tmp_path / "base")
+    ranks(1, in_workers, cache, settings(base, data, tmp_path / "out", train_layers="last:1", max_steps=1))
+    (saved,) = checkpoint.published(tmp_path / "out/checkpoints")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="base"):
+        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
+    fsdp_train.export_checkpoint(saved, tmp_path / "exported", str(tmp_path / "moved"))
+    assert (tmp_path / "exported/model.safetensors").exists()
+    (tmp_path / "moved").rename(base)
+    for name in (".", "/", "..", ""):
+        with pytest.raises(UserError, match="exists already"):
+            fsdp_train.export_checkpoint(saved, Path(name))
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "variant": "lora", "targets": ["q_proj"]}
+    for change in ({"quantize": "bogus"}, {"quantize": []}, {"train_layers": 7}, {"train_layers": "last:x"},
+                   {"lora": lora | {"rank": -1}}, {"lora": lora | {"targets": 3}}, {"lora": {"rank": 1}}, {"lora": 5},
+                   {"model": 3}, {"model": None}, {"seed": 1} | {"lora": lora | {"rank": "2"}}):
+        kept = (saved / "manifest.json").read_text()
+        rewrite(saved, lambda content, change=change: content["settings"].update(change))
+        with pytest.raises(UserError):
+            fsdp_train.export_checkpoint(saved, tmp_path / "nonsense")
+        (saved / "manifest.json").write_text(kept)
+    assert not (tmp_path / "nonsense").exists()

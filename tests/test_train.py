@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,6 +502,73 @@ def test_a_crashed_and_resumed_run_of_another_kind_equals_the_uninterrupted_one_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_run_that_goes_on_is_not_finished_before_it_is(ranks, tmp_path):
+    """R1: it was finished once, went back to an older checkpoint, and died as it wrote its result."""
+    data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
+    common = dict(save_every=2, keep_checkpoints=-1)
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, **common))
+    first = (out / "model/model.safetensors").read_bytes()
+    changed = partial(settings, data, out, learning_rate=1e-4, allow_changed="learning_rate", **common)
+    with pytest.raises(AssertionError, match="pulled the plug"):
+        ranks(1, dying_at_its_end, tmp_path / "cache", changed(resume="step-4"))
+    assert not (out / "summary.json").exists()
+    ranks(1, in_workers, tmp_path / "cache", changed(resume="newest"))
+    assert (out / "summary.json").exists() and (out / "model/model.safetensors").read_bytes() != first
+    shutil.rmtree(out / "model")
+    ranks(1, in_workers, tmp_path / "cache", changed(resume="newest"))
+    assert (out / "model/model.safetensors").exists()
+
+
+def dying_at_its_end(cache: Path, chosen: fsdp_train.Settings) -> None:
+    def export(*_):
+        raise ConnectionAbortedError("pulled the plug")
+
+    real, pretrained.export = pretrained.export, export
+    try:
+        in_workers(cache, chosen)
+    finally:
+        pretrained.export = real
+
+
+def test_a_checkpoint_beyond_the_runs_end_is_refused(ranks, tmp_path):
+    """R7: fewer steps than are done already."""
+    data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
+    ranks(1, in_workers, tmp_path / "cache", settings(data, out, max_steps=3))
+    shorter = settings(data, out, max_steps=2, resume="newest", allow_changed="steps")
+    assert "is after step 3, but this run has only 2 steps" in ranks(1, refused, tmp_path / "cache", shorter)[0]
+
+
+def test_a_folder_deleted_during_the_run_is_told_and_the_model_is_written(ranks, tmp_path):
+    """R3: nothing says that all is there."""
+    data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
+    told = ranks(2, with_deleted_folder, tmp_path / "cache", settings(data, out, max_steps=3))
+    assert told == [f"{out}/metrics.jsonl: deleted during the run; model/ was written, nothing else"] * 2
+    assert (out / "model/model.safetensors").exists() and not (out / "summary.json").exists()
+
+
+def with_deleted_folder(cache: Path, chosen: fsdp_train.Settings) -> str:
+    real = fsdp_train.learning_rate
+
+    def deleting(step, *args):
+        if step == 1:
+            shutil.rmtree(chosen.output, ignore_errors=True)
+        return real(step, *args)
+
+    fsdp_train.learning_rate = deleting
+    try:
+        return refused(cache, chosen)
+    finally:
+        fsdp_train.learning_rate = real
+
+
+def test_an_output_that_cannot_be_opened_is_told_on_every_rank(ranks, tmp_path):
+    """R3, R9: a link to nowhere."""
+    data = write_reviews(tmp_path / "data")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for told in ranks(2, refused, tmp_path / "cache", settings(data, tmp_path / "link")):
+        assert str(tmp_path / "link") in told
+
+
 def refused(cache: Path, chosen: fsdp_train.Settings) -> str:
     try:
         in_workers(cache, chosen)
@@ -578,9 +646,10 @@ def test_devices_come_from_the_local_rank(monkeypatch):
     chosen = []
     for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, value)
-    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
+    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here")):
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 9, 16)]))
+    monkeypatch.setattr(parallel, "name_of_attempt", lambda *_: "first")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
