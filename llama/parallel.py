@@ -197,6 +197,9 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
+    if mesh.size() == 1 and not cpu_offload:
+        # Nothing to share, and no other dtype to compute in: FSDP would only copy them, twice a step.
+        how["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for layer in model.layers:
         fully_shard(layer, **how)
     # Embedding, last norm and lm_head together: a tied weight must be in one unit to stay one weight.

@@ -510,3 +510,23 @@ def test_an_export_finds_a_base_that_has_moved_and_refuses_nonsense(ranks, folde
             fsdp_train.export_checkpoint(saved, tmp_path / "nonsense")
         (saved / "manifest.json").write_text(kept)
     assert not (tmp_path / "nonsense").exists()
+
+
+def sharded_kinds(model: Path, **changes) -> dict[bool, set[str]]:
+    """{whether it is trained: classes of its parameters and their local values}."""
+    chosen = settings(model, Path("unused"), Path("unused"), **changes)
+    adapter = fsdp_train.Adapter(2, 4.0)
+    built = build(fsdp_train.open_model(str(model))[2], here(), torch.bfloat16, adapt=lambda m: fsdp_train.adapt(
+        m, chosen.quantize, chosen.train_layers, adapter if chosen.lora_rank else None))
+    kinds = {True: set(), False: set()}
+    for parameter in built.parameters():
+        kinds[parameter.requires_grad].add(type(parameter.data).__name__)
+    return kinds
+
+
+@pytest.mark.parametrize("changes", [LORA, LORA | {"quantize": "nf4"}, {"train_layers": "last:1"}], ids=str)
+def test_one_rank_shards_only_what_it_trains_and_two_shard_everything(ranks, folders, changes):
+    """C35: alone, a gathered copy of frozen weights would cost time and memory for nothing."""
+    (alone,) = ranks(1, sharded_kinds, folders["untied"], **changes)
+    assert alone == {True: {"DTensor"}, False: {"Tensor"}}
+    assert ranks(2, sharded_kinds, folders["untied"], **changes) == [{True: {"DTensor"}, False: {"DTensor"}}] * 2
