@@ -181,6 +181,11 @@ class Task:
     words: list[int] | None  # the first token of each answer word; None where answers are free text
     adapter: Adapter | None
 
+    @property
+    def result(self) -> str:
+        """The folder, within the run's, of what comes of it."""
+        return "adapter" if self.adapter else "model"
+
 
 def open_model(name: str, max_length: int = 0) -> tuple[Path | None, dict, ModelConfig, Tokenizer]:
     """What --model names: its folder (none for tiny), its config.json, its shape and its tokenizer."""
@@ -249,8 +254,7 @@ def train(settings: Settings, task: Task, here: Ranks) -> None:
 def _train(settings: Settings, task: Task, here: Ranks, plan: Plan) -> None:
     began, say = time.perf_counter(), print if here.is_first else _nothing
     output, steps, first_step = plan.output, plan.steps, plan.first_step
-    result = "adapter" if task.adapter else "model"
-    finished = [first_step == steps and (output / result).exists() and (output / "summary.json").exists()]
+    finished = [first_step == steps and (output / task.result).exists() and (output / "summary.json").exists()]
     dist.broadcast_object_list(finished)  # as rank 0 sees it
     if finished[0]:
         return say(f"{output} is finished already, after step {steps} of {steps}")
@@ -375,7 +379,7 @@ def _finish(
     after: dict, journal: Journal | None, began: float,
 ) -> None:
     """Export the model; on rank 0 draw the loss curve, and write and print what came of the run. Collective."""
-    result = "adapter" if task.adapter else "model"
+    result = task.result
     with together(output):
         if journal and journal.error:
             raise journal.error

@@ -307,16 +307,21 @@ class Harness:
         self.reference = contents(scratch / f"{scenario}-reference")
 
     def moments(self) -> Iterator[Fault]:
-        """Changes of the disk, one of each kind and rank in turn: the many pwrites come no oftener than the rest."""
-        kinds: dict[tuple, list[Fault]] = {}
+        """Every change of the disk but the many pwrites, in random order, and after every fourth of them a pwrite."""
+        rare, often = [], []
         for rank, events in enumerate(self.points):
             numbered = [line for line in events if not line.startswith(("renamed ", "replaced "))]
             for at, what in enumerate(numbered, 1):
-                kinds.setdefault((rank, what.split()[0]), []).append(Fault(rank, at))
-        order = self.random.sample(list(kinds.values()), len(kinds))
-        while True:
-            for faults in order:
-                yield replace(self.random.choice(faults))
+                (often if what.startswith("pwrite") else rare).append(Fault(rank, at))
+        self.random.shuffle(rare)
+        self.random.shuffle(often)
+        self.table["changes of the disk in a run, without pwrites"] = len(rare)
+        self.table["pwrites in a run"] = len(often)
+        pwrites = cycle(often)
+        for number, fault in enumerate(cycle(rare), 1):
+            yield replace(fault)
+            if number % 4 == 0:
+                yield replace(next(pwrites))
 
     def chain(self, first: Fault | None, again: bool) -> None:
         """One kill (None: at a random moment), perhaps another in the resumed run, then on to the end."""
