@@ -361,6 +361,9 @@ def run_steps(
                     journal.write(step=done, held_out=after)
                     progress.write(f"step {done}: {_told(after)}")
             if last or stop or (settings.save_every and done % settings.save_every == 0):
+                with together(output):  # a run that goes on from here would not write this step's lines again
+                    if journal and journal.error:
+                        raise journal.error
                 if not all_finite(model):
                     raise UserError(f"step {done}: a weight is no longer finite, so nothing was saved; whole "
                                     f"checkpoints: {_newest(output) or 'none yet'}")

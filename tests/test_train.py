@@ -461,18 +461,31 @@ def test_settings_that_changed_on_purpose_are_allowed_by_name(ranks, tmp_path):
 def test_a_disk_that_takes_no_more_metrics_stops_all_ranks_after_the_step(ranks, tmp_path):
     """R3, R9: only rank 0 writes them, but none is left waiting."""
     data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
-    told = ranks(2, with_full_journal, tmp_path / "cache", settings(data, out, save_every=2))
+    told = ranks(2, with_full_journal, tmp_path / "cache", settings(data, out, save_every=2), 3, "loss")
     assert told == [f"{out}/metrics.jsonl: No space left on device", f"{out}: rank 0 could not write there"]
     assert checkpoint.step_of(checkpoint.published(out / "checkpoints")[-1]) == 2
 
 
-def with_full_journal(cache: Path, chosen: fsdp_train.Settings) -> str:
+def test_a_checkpoint_is_never_ahead_of_its_metrics(ranks, tmp_path):
+    """R3, R23: an evaluation that could not be written down would be missing after a resume from there."""
+    data, out = write_reviews(tmp_path / "data"), tmp_path / "out"
+    common = dict(save_every=2, eval_every=2)
+    told = ranks(2, with_full_journal, tmp_path / "cache", settings(data, out, **common), 4, "held_out")
+    assert told == [f"{out}/metrics.jsonl: No space left on device"] * 2
+    assert [checkpoint.step_of(path) for path in checkpoint.published(out / "checkpoints")] == [2]
+    ranks(2, in_workers, tmp_path / "cache", settings(data, out, resume="newest", **common))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out" in line] == [0, 2, 4, 6, 8, 10]
+
+
+def with_full_journal(cache: Path, chosen: fsdp_train.Settings, step: int, kind: str) -> str:
+    """What is told where the disk refuses this line."""
     from llama.journal import Journal
 
     real = Journal.write
 
     def write(journal: Journal, **line):
-        if line["step"] == 3:
+        if line["step"] == step and kind in line:
             journal.file.close()
             journal.file = open("/dev/full", "a")
         real(journal, **line)
