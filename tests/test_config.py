@@ -190,7 +190,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         ModelConfig.from_folder(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match="directory"):
+    with pytest.raises(ConfigError, match="not a file"):
         ModelConfig.from_folder(tmp_path)
 
 
