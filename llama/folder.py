@@ -11,14 +11,15 @@ LARGEST_JSON = 64 * 2**20  # bytes: an index of a million tensors; a configurati
 def inside(folder: Path, name: str, suffix: str) -> Path:
     """`folder/name` with links followed. Raises WeightsError unless that is a file of this very folder."""
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
-        raise WeightsError(f"{folder}: names {some([name])}, expected a plain file name" + f" *{suffix}" * bool(suffix))
+        wanted = f"a plain *{suffix} file name" if suffix else "a plain file name"
+        raise WeightsError(f"{folder}: names {some([name])}, expected {wanted}")
     home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     # The hub's cache keeps contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (path.is_relative_to(home) or path.is_relative_to(blobs)):
         raise WeightsError(f"{folder / name}: a link to {path}, expected a file inside the folder")
     if not os.path.isfile(path):
-        raise WeightsError(f"{folder}: {some([name])} is missing or not a file")
+        raise WeightsError(f"{str(folder / name):.300}: is missing or not a file, expected one of this folder")
     return path
 
 

@@ -237,8 +237,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return JsonTokenizer(path, file, json.loads(data))
         kind = Llama3Tokenizer if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data) else SentencePieceTokenizer
         return kind(path, file, data)
-    except (TokenizerError, WeightsError, ImportError, MemoryError):
+    except (TokenizerError, ImportError, MemoryError):
         raise
+    except WeightsError as error:
+        raise TokenizerError(str(error)) from None
     except OSError as error:
         raise TokenizerError(f"{file}: {error.strerror}, expected a tokenizer file") from None
     except Exception as error:  # the libraries raise bare ones, whatever is wrong with a file
@@ -262,8 +264,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not path.exists():
             return {}
         content = json.loads(read_json_text(path.parent, path.name))
-    except WeightsError:
-        raise
+    except WeightsError as error:
+        raise TokenizerError(str(error)) from None
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: {error}, expected a JSON object") from None
     if not isinstance(content, dict):
