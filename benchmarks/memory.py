@@ -61,8 +61,8 @@ def count(c: ModelConfig, method: str, ranks: int, tokens: int) -> dict[str, flo
     root = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
     layer = list(model.layers[0].parameters())
     units = [root, layer, layer]
-    # FSDP copies and casts what it gathers even on one rank, and reduces gradients in fp32.
-    gathered = sum(p.numel() * min(p.itemsize, 2) for unit in units for p in unit)
+    # FSDP copies and casts what it gathers even on one rank, but for what is frozen there; it reduces in fp32.
+    gathered = sum(p.numel() * min(p.itemsize, 2) for unit in units for p in unit if ranks > 1 or p.requires_grad)
     unreduced = (2 + 4) * max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
     dequantised = {"int8": 4, "nf4": 6}.get(method[-4:].strip(), 0) * c.hidden_size * c.intermediate_size
     inside = 2 * (8 * c.hidden_size + 4 * c.intermediate_size + 2 * c.num_key_value_heads * c.head_dim)
@@ -107,6 +107,7 @@ def run(folder: str, method: str, tokens: int) -> None:
     from llama import pretrained
     from llama.packed import PackedDocuments
     from llama.parallel import build, ranks
+    from llama.slices import local_slice
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
@@ -127,7 +128,7 @@ def run(folder: str, method: str, tokens: int) -> None:
             optimizer.step()
         kept = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         moments = optimizer_tensors({n: p for n, p in model.named_parameters() if p.requires_grad}, optimizer)
-        held = size(tensor.to_local() for tensor in (*kept, *moments.values()))
+        held = size(local_slice(tensor)[0] for tensor in (*kept, *moments.values()))
         print(json.dumps({"states": held, "peak": resident("VmHWM") - before}))
 
 
