@@ -109,7 +109,8 @@ class Settings(DataSettings):
                                     "those in which somebody put a file named keep; -1: all")
     resume: str | None = setting(None, "continue the run in the output folder from its newest checkpoint, or from the "
                                  "one that is named, as step-100", bare="newest")
-    allow_changed: str = setting("", "settings, with commas, in which a resumed run may differ from its checkpoint's")
+    allow_changed: str = setting("", "settings in which a resumed run may differ from its checkpoint, with commas: the "
+                                 "names that its refusal lists")
     log_every: int = setting(1, "write every Nth step to metrics.jsonl")
 
     def checks(self):
