@@ -914,6 +914,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_file(tmp_path):
     """R15: 20 MB take what 2 MB did, but for some slack: as JSONL, and as Parquet of a single row group.
 

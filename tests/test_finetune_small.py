@@ -414,7 +414,7 @@ def test_what_does_not_fit_the_model_is_refused_before_a_folder_is_made(folders,
         (made(folders["untied"], **LORA, lora_targets="q_proj,qkv_proj"), "LoRA target 'qkv_proj': no such linear"),
         (made(folders["untied"], **LORA, lora_targets=""), "LoRA target '': no such linear"),
         (made(folders["narrow"], **LORA, quantize="nf4"), "down_proj has 96 columns, expected a multiple of 64"),
-        (made(folders["untied"], adapter=str(tmp_path / "nowhere")), "'adapter_config.json' is missing"),
+        (made(folders["untied"], adapter=str(tmp_path / "nowhere")), "adapter_config.json: is missing"),
     ]
     for chosen, expected in refusals:
         assert_refused(chosen, expected)

@@ -177,8 +177,8 @@ def test_a_rank_that_fails_ends_all_and_its_traceback_comes_first(tmp_path, data
 # Started again
 
 
-@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.slow, id="at once"),
-                                   pytest.param(["--async_save"], id="in the background")])
+@pytest.mark.parametrize("flags", [[], ["--async_save"]], ids=["at once", "in the background"])
+@pytest.mark.slow
 def test_torchrun_starts_it_again_and_it_continues_from_its_newest_checkpoint(tmp_path, data, cache, reference, flags):
     """R10, R23: after kill -9 of each rank in turn, without --resume; no step twice in metrics.jsonl."""
     out = tmp_path / "out"

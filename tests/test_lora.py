@@ -831,7 +831,7 @@ def in_process(monkeypatch, capsys, *arguments) -> tuple[int, list[str]]:
 MISTAKES = {
     "no flag": (["--adaptor", "x"], "--adaptor"),
     "no such model": (["--model", "nowhere"], "nowhere: no such folder"),
-    "no such adapter": (["--adapter", "nowhere"], "nowhere: 'adapter_config.json' is missing"),
+    "no such adapter": (["--adapter", "nowhere"], "nowhere/adapter_config.json: is missing"),
     "a file as adapter": (["--adapter", "{saved}/adapter_config.json"], "is missing or not a file"),
     "no such kind": (["--quantize", "int3"], "--quantize"),
     "output taken": (["--output", "{saved}"], "expected a name that is free"),

@@ -126,6 +126,7 @@ def test_the_template_of_the_readme_renders_a_row(clone):
     assert "".join(s.text for s in segments) == "Translate to French: Hello\nFrench: Bonjour"
 
 
+@pytest.mark.slow
 def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trained, clone):
     """Their 7B is the tiny model here, and Alpaca a few hundred made-up instructions."""
     [command] = [c for c in TRAINER if "--lora_rank" in c]
@@ -139,6 +140,7 @@ def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trai
     assert (clone / "merged/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_command_for_two_nodes_joins_them(trained, clone):
     """Two launchers on this machine stand for two nodes: one process each instead of eight."""
     [command] = [c for c in TRAINER if "--nnodes" in c]

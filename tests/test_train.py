@@ -612,7 +612,8 @@ def wait_for(condition, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("killed_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed_rank", [0, 1])
+@pytest.mark.slow
 def test_killing_one_rank_ends_all_within_30_seconds_and_names_it(tmp_path, killed_rank):
     """R9: kill -9 mid-step under torchrun; then --resume finishes the run from the newest whole checkpoint."""
     data, out = write_reviews(tmp_path / "data", 400), tmp_path / "out"
