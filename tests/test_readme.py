@@ -88,6 +88,7 @@ def test_the_evaluation_command_prints_the_accuracy(trained, clone):
     assert result["n"] == 1000 and 0 <= result["accuracy"] <= 1 and result["bundled_sample"]
 
 
+@pytest.mark.slow
 def test_the_resume_command_continues_the_run(trained, clone):
     """Here the run has died between its last checkpoint and its export; resumed again, it is finished."""
     [command] = [c for c in TRAINER if "--resume" in c]
@@ -103,6 +104,7 @@ def test_the_listing_command_shows_the_checkpoints(trained, clone):
     assert re.search(r"^step-\d{6}  \S+ MB  written by 4 ranks  loss .*  newest  best$", told, re.MULTILINE), told
 
 
+@pytest.mark.slow
 def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
     """A tiny Hugging Face folder and the bundled reviews under the names that the README uses."""
     [command] = [c for c in TRAINER if "SmolLM2" in c]

@@ -307,6 +307,7 @@ def run_command(*arguments: str, cwd: Path, cache: Path, ranks: int = 0, **kwarg
                           capture_output=True, timeout=300, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_plain_command_runs_twice_and_keeps_the_first_result(tmp_path):
     """R17: the README's command on one process; the second run gets a folder of its own."""
     data = write_reviews(tmp_path / "data")
