@@ -4,8 +4,8 @@
     python data.py --data rows.jsonl --model DIR --template my.txt --show 3      rows and a template of your own
     python data.py --data dolly:open_qa --data_dir DIR --model DIR               counts, lengths and charts only
 
-Rows are read (`llama/rows.py`), rendered as segments of text (`llama/templates.py`, `llama/chat.py`) and encoded
-(`llama/encoding.py`). Labels are shown in colour, or [[between brackets]] where there is no colour.
+Rows are read (`llama/data/rows.py`), rendered as segments of text (`llama/data/templates.py`, `llama/data/chat.py`)
+and encoded (`llama/data/encoding.py`). Labels are shown in colour, or [[between brackets]] where there is no colour.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama.chat import LAYOUTS, Chat, layout_of
-from llama.cli import CheckedSettings, is_local_first, parse, run, setting
-from llama.encoding import EncodedData, Renderer, encode_file
-from llama.errors import UserError, printable
-from llama.hub import download_dataset, find_model
-from llama.rows import READERS, DataError, read
-from llama.templates import TEMPLATES, Template, described
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.boundary.command_line import CheckedSettings, is_local_first, parse, run, setting
+from llama.boundary.errors import UserError, printable
+from llama.boundary.hub import download_dataset, find_model
+from llama.data.chat import LAYOUTS, Chat, layout_of
+from llama.data.encoding import EncodedData, Renderer, encode_file
+from llama.data.rows import READERS, DataError, read
+from llama.data.templates import TEMPLATES, Template, described
+from llama.data.tokenizer import Tokenizer, load_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENIZER = ASSETS / "tiny"

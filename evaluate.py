@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 import lora
 from data import BUNDLED_SAMPLE, NAMED, DataSettings, load
-from llama import pretrained
-from llama.batches import deal, pack
-from llama.cli import is_local_first, parse, run, setting
-from llama.encoding import EncodedData, Renderer
-from llama.errors import UserError
-from llama.hub import find_model
-from llama.model import Llama
-from llama.parallel import Ranks, build, compute_dtype, ranks
-from llama.quantize import KINDS
-from llama.rows import DataError
-from llama.tokenizer import Tokenizer
+from llama.boundary.command_line import is_local_first, parse, run, setting
+from llama.boundary.errors import UserError
+from llama.boundary.hub import find_model
+from llama.data.batches import deal, pack
+from llama.data.encoding import EncodedData, Renderer
+from llama.data.rows import DataError
+from llama.data.tokenizer import Tokenizer
+from llama.model.decoder import Llama
+from llama.model.quantize import KINDS
+from llama.parallel.distribute import Ranks, build, compute_dtype, ranks
+from llama.storage import pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,24 +30,24 @@ from tqdm import tqdm
 import lora
 from data import BUNDLED_SAMPLE, TINY_TOKENIZER, DataSet, DataSettings, Source, load, run_name
 from evaluate import answer_ids, evaluate
-from llama import checkpoint, pretrained
-from llama.batches import pack
-from llama.cli import parse, run, setting
-from llama.config import TINY, ModelConfig
-from llama.durable import replace_durably
-from llama.encoding import EncodedData
-from llama.errors import UserError
-from llama.hub import find_model
-from llama.interruption import STOPPED, StopRequests
-from llama.journal import Journal, draw_loss_curve
-from llama.model import Llama
-from llama.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.parallel import Ranks, build, on_meta, ranks
-from llama.plan import BEGUN, COUNTS, Plan, make_plan
-from llama.quantize import KINDS, bytes_per_weight
-from llama.slices import all_finite
-from llama.together import together
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.boundary.command_line import parse, run, setting
+from llama.boundary.errors import UserError
+from llama.boundary.hub import find_model
+from llama.data.batches import pack
+from llama.data.encoding import EncodedData
+from llama.data.tokenizer import Tokenizer, load_tokenizer
+from llama.model.config import TINY, ModelConfig
+from llama.model.decoder import Llama
+from llama.model.quantize import KINDS, bytes_per_weight
+from llama.parallel.collectives import together
+from llama.parallel.distribute import Ranks, build, on_meta, ranks
+from llama.storage import checkpoint, pretrained
+from llama.storage.atomic import replace_durably
+from llama.storage.slices import all_finite
+from llama.training.journal import Journal, draw_loss_curve
+from llama.training.optim import OPTIMIZERS, SCHEDULES, build_adamw, clip_gradients, gradient_norm, learning_rate
+from llama.training.plan import BEGUN, COUNTS, Plan, make_plan
+from llama.training.stopping import STOPPED, StopRequests
 from lora import ALL_LINEAR, LARGEST_RANK, VARIANTS, Adapter
 
 

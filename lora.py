@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from llama import pretrained
-from llama.cli import CheckedSettings, parse, run, setting
-from llama.durable import appearing, write_durably
-from llama.errors import UserError, WeightsError
-from llama.folder import read_json_text
-from llama.hub import find_model
-from llama.parallel import build, ranks
-from llama.quantize import KINDS, QuantizedLinear, quantize
-from llama.slices import (
+from llama.boundary.command_line import CheckedSettings, parse, run, setting
+from llama.boundary.errors import UserError, WeightsError
+from llama.boundary.hub import find_model
+from llama.boundary.untrusted import read_json_text
+from llama.model.quantize import KINDS, QuantizedLinear, quantize
+from llama.parallel.collectives import first_rank, together
+from llama.parallel.distribute import build, ranks
+from llama.storage import pretrained
+from llama.storage.atomic import appearing, write_durably
+from llama.storage.slices import (
     all_finite,
     local_slice,
     read_tensors,
@@ -41,7 +42,6 @@ from llama.slices import (
     sharded_parameters,
     write_tensors,
 )
-from llama.together import first_rank, together
 
 VARIANTS = ("lora", "rslora", "dora")
 ALL_LINEAR = "all-linear"

@@ -82,7 +82,9 @@ class Disk:
         self.file = os.open(notes / f"events-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def install(self) -> None:
-        from llama import durable, journal, slices
+        from llama.storage import atomic as durable
+        from llama.storage import slices
+        from llama.training import journal
 
         for name in CALLS:
             setattr(os, name, self.watched(name, getattr(os, name)))
@@ -229,10 +231,10 @@ def make_data(folder: Path) -> None:
 def make_model(folder: Path) -> None:
     """A Hugging Face folder with random weights, small enough that a run takes a second."""
     from data import TINY_TOKENIZER
-    from llama import pretrained
-    from llama.config import ModelConfig
-    from llama.model import Llama
-    from llama.tokenizer import load_tokenizer
+    from llama.data.tokenizer import load_tokenizer
+    from llama.model.config import ModelConfig
+    from llama.model.decoder import Llama
+    from llama.storage import pretrained
 
     tokenizer = load_tokenizer(TINY_TOKENIZER)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -248,7 +250,7 @@ def contents(out: Path) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
 
-    from llama.checkpoint import published
+    from llama.storage.checkpoint import published
 
     files = [*published(out / "checkpoints")[-1].glob("*.safetensors"), *out.glob("model/*.safetensors"),
              *out.glob("adapter/*.safetensors")]
@@ -266,7 +268,7 @@ def contents(out: Path) -> dict[str, object]:
 
 def damage(out: Path, events: list[str]) -> list[str]:
     """What a kill has broken: checkpoints that are not whole, or that had been published by rank 0 and are gone."""
-    from llama import checkpoint
+    from llama.storage import checkpoint
 
     there = checkpoint.published(out / "checkpoints")
     problems = []

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pyarrow
 import pyarrow.parquet
 
-from llama.encoding import encode_file, encode_rows
-from llama.rows import read
-from llama.templates import TEMPLATES
-from llama.tokenizer import load_tokenizer
+from llama.data.encoding import encode_file, encode_rows
+from llama.data.rows import read
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import load_tokenizer
 
 
 def write(texts: list[dict], path: Path, size: int) -> None:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import DataSettings, load  # noqa: E402
-from llama.batches import Schedule  # noqa: E402
-from llama.tokenizer import load_tokenizer  # noqa: E402
+from llama.data.batches import Schedule  # noqa: E402
+from llama.data.tokenizer import load_tokenizer  # noqa: E402
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from llama.config import ModelConfig, read_config
-from llama.model import Llama
-from llama.pretrained import export, initialize, load
+from llama.model.config import ModelConfig, read_config
+from llama.model.decoder import Llama
+from llama.storage.pretrained import export, initialize, load
 
 CONFIG = ModelConfig(
     vocab_size=32000,

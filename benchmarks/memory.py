@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import lora
-from llama.config import ModelConfig
-from llama.loss import CHUNK
-from llama.model import Llama
-from llama.optim import build_adamw, optimizer_tensors
-from llama.parallel import on_meta
-from llama.quantize import KINDS
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.loss import CHUNK
+from llama.model.quantize import KINDS
+from llama.parallel.distribute import on_meta
+from llama.training.optim import build_adamw, optimizer_tensors
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "Llama 2 7B": (4096, 11008, 32, 32, 32, 32000),
@@ -104,10 +104,10 @@ def check(folder: str, tokens: int) -> dict:
 
 
 def run(folder: str, method: str, tokens: int) -> None:
-    from llama import pretrained
-    from llama.packed import PackedDocuments
-    from llama.parallel import build, ranks
-    from llama.slices import local_slice
+    from llama.model.packed import PackedDocuments
+    from llama.parallel.distribute import build, ranks
+    from llama.storage import pretrained
+    from llama.storage.slices import local_slice
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()

@@ -64,9 +64,9 @@ def measure(args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(1)
     from data import DataSettings, load
-    from llama.batches import Schedule
-    from llama.config import ModelConfig
-    from llama.tokenizer import load_tokenizer
+    from llama.data.batches import Schedule
+    from llama.data.tokenizer import load_tokenizer
+    from llama.model.config import ModelConfig
 
     settings = DataSettings(data=args.data, data_dir=args.data_dir, max_length=args.max_length, skip_bad_rows=True)
     data = load(settings, load_tokenizer(args.model)).train
@@ -100,10 +100,10 @@ def ours(args: argparse.Namespace, data, batches: list[list[int]]) -> list[float
 
     import lora
     from fsdp_train import Settings, train_step
-    from llama import pretrained
-    from llama.config import ModelConfig
-    from llama.optim import build_adamw
-    from llama.parallel import build, ranks
+    from llama.model.config import ModelConfig
+    from llama.parallel.distribute import build, ranks
+    from llama.storage import pretrained
+    from llama.training.optim import build_adamw
 
     settings = Settings(compile=args.side == "ours-compile", max_length=args.max_length, batch_size=BATCH)
     seconds = []

@@ -40,9 +40,9 @@ which tells the story with all of them. One legend of shapes holds for the packa
     S  keys a block may see          V  vocab_size              K  key/value heads
 """
 
-from llama.config import ModelConfig
-from llama.model import Llama
-from llama.packed import PackedDocuments
-from llama.tokenizer import load_tokenizer
+from llama.data.tokenizer import load_tokenizer
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
 
 __all__ = ["Llama", "ModelConfig", "PackedDocuments", "load_tokenizer"]

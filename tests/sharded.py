@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from llama.parallel import Ranks
+from llama.parallel.distribute import Ranks
 
 
 def here() -> Ranks:

@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama import checkpoint, pretrained
-from llama.adamw8bit import SMALL, AdamW8bit, Moment, dynamic_code
-from llama.config import ModelConfig
-from llama.model import Llama
-from llama.optim import build_adamw, optimizer_tensors
-from llama.packed import PackedDocuments
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.storage import checkpoint, pretrained
+from llama.training.adamw8bit import SMALL, AdamW8bit, Moment, dynamic_code
+from llama.training.optim import build_adamw, optimizer_tensors
 
 # (rows, columns): rows that 2 and 4 ranks cannot share evenly, one and several blocks, cut blocks; small ones, vectors.
 SHAPES = {"wide": (11, 700), "square": (67, 64), "exact": (9, 512), "few rows": (2, 4096), "small": (7, 30),

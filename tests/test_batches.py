@@ -12,10 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama.batches import GROUPED_STEPS, ROUND_TO, Schedule, deal, fill, pack
-from llama.encoding import Encoded, encode_rows
-from llama.templates import TEMPLATES
-from llama.tokenizer import load_tokenizer
+from llama.data.batches import GROUPED_STEPS, ROUND_TO, Schedule, deal, fill, pack
+from llama.data.encoding import Encoded, encode_rows
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import load_tokenizer
 
 thorough = settings(derandomize=True, database=None, max_examples=150, deadline=None)
 sizes = st.integers(1, 60)

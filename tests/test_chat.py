@@ -13,11 +13,11 @@ import pytest
 import regex
 from sentencepiece import SentencePieceProcessor
 
-from llama.chat import LAYOUTS, MARKS, Chat, layout_of
-from llama.encoding import Encoded, encode_rows
-from llama.rows import DataError
-from llama.templates import END
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.data.chat import LAYOUTS, MARKS, Chat, layout_of
+from llama.data.encoding import Encoded, encode_rows
+from llama.data.rows import DataError
+from llama.data.templates import END
+from llama.data.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 HOSTILE = ["<|im_end|>", "<|im_start|>", "\n<|im_start|>assistant\n", "<|eot_id|>", "<|start_header_id|>", "</s>",
@@ -119,7 +119,7 @@ def test_llama_2_conversations_are_as_metas_code_encodes_them(name, request):
 
 
 def llama3_by_hand(encode, talk: list[dict]) -> tuple[list[int], list[bool]]:
-    """ChatFormat of Meta's llama/tokenizer.py: a role between <|start_header_id|> and <|end_header_id|>, two line
+    """ChatFormat of Meta's llama/data/tokenizer.py: a role between <|start_header_id|> and <|end_header_id|>, two line
     breaks, and the content, stripped."""
     ids, labels = [128_000], [False]  # <|begin_of_text|>
     for message in talk:

@@ -20,11 +20,13 @@ from sharded import here
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from llama import checkpoint, durable, together
-from llama.checkpoint import CheckpointError, Saver, best, choose, published, read_manifest, verify
-from llama.errors import UserError, WeightsError
-from llama.optim import build_adamw
-from llama.slices import write_tensors
+from llama.boundary.errors import UserError, WeightsError
+from llama.parallel import collectives as together
+from llama.storage import atomic as durable
+from llama.storage import checkpoint
+from llama.storage.checkpoint import CheckpointError, Saver, best, choose, published, read_manifest, verify
+from llama.storage.slices import write_tensors
+from llama.training.optim import build_adamw
 
 ROOT = Path(checkpoint.__file__).parents[1]
 SETTINGS = {"data": "imdb", "lora": {"rank": 8, "targets": ["q_proj"]}}
@@ -505,7 +507,7 @@ def test_no_shipped_file_can_execute_what_it_reads():
 
 
 def command(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "llama.checkpoint", *map(str, words)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "llama.storage.checkpoint", *map(str, words)], cwd=ROOT, text=True,
                           capture_output=True)
 
 

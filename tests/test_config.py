@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from llama.config import ROPE_TYPES, TINY, ConfigError, ModelConfig, RopeScaling
-from llama.rope import rope_frequencies
+from llama.model.config import ROPE_TYPES, TINY, ConfigError, ModelConfig, RopeScaling
+from llama.model.rope import rope_frequencies
 
 VALID = {
     "model_type": "llama", "hidden_act": "silu", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80,

@@ -15,12 +15,12 @@ import pytest
 
 import data
 from data import HELD_OUT, NAMED, DataSettings, Source, find_template, hold_out, load, resolve
-from llama.chat import Chat
-from llama.encoding import BadRows, encode_file
-from llama.errors import UserError
-from llama.rows import DataError
-from llama.templates import TEMPLATES
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.boundary.errors import UserError
+from llama.data.chat import Chat
+from llama.data.encoding import BadRows, encode_file
+from llama.data.rows import DataError
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(data.__file__).parent
 TINY = ROOT / "assets" / "tiny"

@@ -21,14 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llama.encoding
-import llama.templates
-from llama.cache import cache_folder
-from llama.chat import Chat
-from llama.encoding import EXAMPLES, TOKENS, BadRows, EncodedData, encode_file, encode_rows
-from llama.rows import DataError
-from llama.templates import END, TEMPLATES, Segment, Template
-from llama.tokenizer import Tokenizer, load_tokenizer
+import llama.data.encoding
+import llama.data.templates
+from llama.data.cache import cache_folder
+from llama.data.chat import Chat
+from llama.data.encoding import EXAMPLES, TOKENS, BadRows, EncodedData, encode_file, encode_rows
+from llama.data.rows import DataError
+from llama.data.templates import END, TEMPLATES, Segment, Template
+from llama.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "assets" / "tiny" / "tokenizer.model"
@@ -466,7 +466,7 @@ def spoiled(count: int) -> tuple[list[str | bytes], list[int]]:
 @pytest.mark.parametrize("batch", [10, 2000])
 def test_the_first_five_bad_rows_are_told_and_all_are_counted(tmp_path, bundled, monkeypatch, batch):
     """R15: whether or not they lie in one batch."""
-    monkeypatch.setattr(llama.encoding, "BATCH_ROWS", batch)
+    monkeypatch.setattr(llama.data.encoding, "BATCH_ROWS", batch)
     lines, bad = spoiled(200)
     path = write_lines(tmp_path / "train.jsonl", lines)
     with pytest.raises(BadRows) as error:
@@ -479,7 +479,7 @@ def test_the_first_five_bad_rows_are_told_and_all_are_counted(tmp_path, bundled,
 @pytest.mark.parametrize("batch", [10, 2000])
 def test_what_is_left_of_a_file_with_bad_rows_is_exactly_a_clean_file(tmp_path, bundled, monkeypatch, batch):
     """R15: --skip_bad_rows changes nothing about the other rows, and each knows its number in the file."""
-    monkeypatch.setattr(llama.encoding, "BATCH_ROWS", batch)
+    monkeypatch.setattr(llama.data.encoding, "BATCH_ROWS", batch)
     lines, bad = spoiled(200)
     good = [number for number in range(1, 201) if number not in bad]
     clean = write_lines(tmp_path / "clean.jsonl", [lines[number - 1] for number in good])
@@ -512,7 +512,7 @@ def test_bad_rows_of_a_parquet_file_are_named_by_number(tmp_path, bundled):
 
 def test_a_text_too_long_to_tokenize_is_a_bad_row_also_in_parquet(tmp_path, bundled, monkeypatch):
     """R15: no line of a JSONL file may be so long, and no field of any file."""
-    monkeypatch.setattr(llama.templates, "LONGEST_LINE", 100)
+    monkeypatch.setattr(llama.data.templates, "LONGEST_LINE", 100)
     rows = [{"text": "x" * n, "label": 1} for n in (100, 101, 1)]
     path = write_parquet(tmp_path / "train.parquet", rows)
     found = encode_file(path, IMDB, bundled, 512, skip_bad_rows=True, quiet=True)
@@ -541,7 +541,7 @@ def test_rows_that_leave_no_label_are_bad_rows(tmp_path, bundled):
 @pytest.mark.parametrize("batch", [2, 2000])
 def test_bad_rows_of_every_kind_are_counted_together(tmp_path, bundled, monkeypatch, batch):
     """R15, C3: who mends all that were counted is done: those that leave no label are told along with broken ones."""
-    monkeypatch.setattr(llama.encoding, "BATCH_ROWS", batch)
+    monkeypatch.setattr(llama.data.encoding, "BATCH_ROWS", batch)
     good, long = {"question": "short", "label": 1}, {"question": "Why? " * 60, "label": 1}
     lines = [json.dumps(good), "{", json.dumps(long), json.dumps(good), json.dumps(long), "[]"]
     path = write_lines(tmp_path / "train.jsonl", lines)
@@ -655,13 +655,13 @@ def test_rows_without_a_category_are_bad_where_one_is_asked_for(tmp_path, bundle
 @pytest.fixture
 def encoded_batches(monkeypatch) -> list[int]:
     """The number of rows of each batch that was really encoded."""
-    batches, real = [], llama.encoding.encode_rows
+    batches, real = [], llama.data.encoding.encode_rows
 
     def counting(rows, *rest):
         batches.append(len(rows))
         return real(rows, *rest)
 
-    monkeypatch.setattr(llama.encoding, "encode_rows", counting)
+    monkeypatch.setattr(llama.data.encoding, "encode_rows", counting)
     return batches
 
 
@@ -742,12 +742,12 @@ WORKER = """
 import hashlib, sys, time
 sys.path.insert(0, {root!r})
 import fcntl
-import llama.encoding
-from llama.templates import TEMPLATES
-from llama.tokenizer import load_tokenizer
+import llama.data.encoding
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import load_tokenizer
 from pathlib import Path
 
-real, batches = llama.encoding.encode_rows, []
+real, batches = llama.data.encoding.encode_rows, []
 
 def watched(rows, *rest):
     batches.append(len(rows))
@@ -759,13 +759,13 @@ def watched(rows, *rest):
 def no_locks(*_):
     raise OSError(37, "No locks available")
 
-llama.encoding.encode_rows = watched
+llama.data.encoding.encode_rows = watched
 if {without_locks}:
     fcntl.flock = no_locks
 print("ready", flush=True)
 sys.stdin.readline()
 tokenizer = load_tokenizer({tokenizer!r})
-encoded = llama.encoding.encode_file(Path({path!r}), TEMPLATES["imdb"], tokenizer, 128, quiet=True)
+encoded = llama.data.encoding.encode_file(Path({path!r}), TEMPLATES["imdb"], tokenizer, 128, quiet=True)
 print("done", len(batches), len(encoded), hashlib.sha256(encoded.tokens.tobytes()).hexdigest(), flush=True)
 """
 
@@ -850,7 +850,7 @@ def test_a_full_disk_is_told_and_nothing_is_published(tmp_path, own_cache, bundl
     path = write_rows(tmp_path / "train.jsonl", reviews(rows))
     for full in ("tokens", "was_cut"):
         with monkeypatch.context() as patched:
-            patched.setattr(llama.encoding, "open", lambda path, mode, full=full: builtins.open(
+            patched.setattr(llama.data.encoding, "open", lambda path, mode, full=full: builtins.open(
                 "/dev/full" if path.name == full else path, mode), raising=False)
             with pytest.raises(DataError, match="free some space, or set LLAMA_CACHE") as error:
                 encode_file(path, IMDB, bundled, 128, quiet=True)
@@ -862,8 +862,8 @@ def test_a_full_disk_is_told_and_nothing_is_published(tmp_path, own_cache, bundl
 def test_an_interrupted_encoder_leaves_nothing_behind(tmp_path, own_cache, bundled, monkeypatch):
     """R21: after it has begun to write."""
     path = write_rows(tmp_path / "train.jsonl", reviews(15))
-    monkeypatch.setattr(llama.encoding, "BATCH_ROWS", 10)
-    real, calls = llama.encoding.encode_rows, []
+    monkeypatch.setattr(llama.data.encoding, "BATCH_ROWS", 10)
+    real, calls = llama.data.encoding.encode_rows, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -871,7 +871,7 @@ def test_an_interrupted_encoder_leaves_nothing_behind(tmp_path, own_cache, bundl
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(llama.encoding, "encode_rows", interrupted)
+    monkeypatch.setattr(llama.data.encoding, "encode_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode_file(path, IMDB, bundled, 128, quiet=True)
     assert [p.suffix for p in own_cache.iterdir()] == [".lock"]
@@ -896,8 +896,8 @@ import re, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 import pyarrow.parquet
-from llama.encoding import encode_file
-from llama.templates import TEMPLATES
+from llama.data.encoding import encode_file
+from llama.data.templates import TEMPLATES
 
 class Words:
     bos_id, eos_id, files = 1, 2, ()
@@ -959,7 +959,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_cached_under_its_old_cont
                                                                                    monkeypatch):
     """R21: its name in the cache is that of what it was."""
     path = write_rows(tmp_path / "train.jsonl", reviews(5))
-    real = llama.encoding.digest
+    real = llama.data.encoding.digest
 
     def then_change(paths):
         key = real(paths)
@@ -967,7 +967,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_cached_under_its_old_cont
         return key
 
     with monkeypatch.context() as patched:
-        patched.setattr(llama.encoding, "digest", then_change)
+        patched.setattr(llama.data.encoding, "digest", then_change)
         with pytest.raises(DataError, match="train.jsonl: changed while it was read"):
             encode_file(path, IMDB, bundled, 128, quiet=True)
     assert len(encode_file(path, IMDB, bundled, 128, quiet=True)) == 7

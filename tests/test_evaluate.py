@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 import evaluate
 from data import hold_out
 from evaluate import answer_ids, choose
-from llama import pretrained
-from llama.config import ModelConfig
-from llama.encoding import EncodedData, encode_file
-from llama.model import Llama
-from llama.packed import PackedDocuments
-from llama.parallel import Ranks, build
-from llama.rows import DataError
-from llama.templates import TEMPLATES, Template
-from llama.tokenizer import load_tokenizer
+from llama.data.encoding import EncodedData, encode_file
+from llama.data.rows import DataError
+from llama.data.templates import TEMPLATES, Template
+from llama.data.tokenizer import load_tokenizer
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.parallel.distribute import Ranks, build
+from llama.storage import pretrained
 
 ROOT = Path(evaluate.__file__).parent
 BUNDLED = ROOT / "assets" / "tiny" / "tokenizer.model"

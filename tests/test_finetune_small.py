@@ -16,14 +16,14 @@ from sharded import here
 
 import evaluate
 import fsdp_train
-from llama import checkpoint, pretrained
-from llama.cli import parse
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
-from llama.optim import build_adamw
-from llama.packed import PackedDocuments
-from llama.parallel import build
+from llama.boundary.command_line import parse
+from llama.boundary.errors import UserError
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.parallel.distribute import build
+from llama.storage import checkpoint, pretrained
+from llama.training.optim import build_adamw
 
 TOKENIZER = Path(fsdp_train.__file__).parent / "assets" / "tiny" / "tokenizer.model"
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=64, intermediate_size=128, num_hidden_layers=2,

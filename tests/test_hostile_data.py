@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from llama import cache
-from llama.chat import LAYOUTS, Chat
-from llama.encoding import SHOWN, BadRows, encode_file
-from llama.rows import DataError, read
-from llama.templates import TEMPLATES, Template
-from llama.tokenizer import load_tokenizer
+from llama.data import cache
+from llama.data.chat import LAYOUTS, Chat
+from llama.data.encoding import SHOWN, BadRows, encode_file
+from llama.data.rows import DataError, read
+from llama.data.templates import TEMPLATES, Template
+from llama.data.tokenizer import load_tokenizer
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 120))
 hostile = settings(derandomize=EXAMPLES < 1000, database=None, max_examples=EXAMPLES, deadline=None,
@@ -66,7 +66,7 @@ def folder():
     with tempfile.TemporaryDirectory(dir=where) as path, pytest.MonkeyPatch.context() as patched:
         patched.setenv("LLAMA_CACHE", f"{path}/cache")
         real, known = cache.digest, {}  # the code does not change meanwhile: hash it once
-        patched.setattr("llama.encoding.digest",
+        patched.setattr("llama.data.encoding.digest",
                         lambda paths: known.setdefault("code", real(paths[1:])) + real(paths[:1]))
         yield Path(path)
 

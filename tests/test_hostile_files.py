@@ -20,12 +20,12 @@ from test_checkpoint import saved, small_model
 
 import lora
 from data import TINY_TOKENIZER
-from llama import checkpoint, pretrained
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
-from llama.optim import build_adamw
-from llama.tokenizer import load_tokenizer
+from llama.boundary.errors import UserError
+from llama.data.tokenizer import load_tokenizer
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.storage import checkpoint, pretrained
+from llama.training.optim import build_adamw
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 60))
 hostile = settings(derandomize=EXAMPLES < 1000, database=None, max_examples=EXAMPLES, deadline=None,
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_anybody_is_read_or_refused(scratch):
 
 def forge_digests(path: Path) -> None:
     """What an attacker would do: make all digests right."""
-    from llama.durable import digests
+    from llama.storage.atomic import digests
 
     try:
         content = json.loads((path / "manifest.json").read_text())

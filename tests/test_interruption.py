@@ -15,11 +15,12 @@ import pytest
 import torch.distributed as dist
 from test_train import ROOT, children, environ_of, final_state, run_command, steps_of, wait_for, write_reviews
 
-from llama import checkpoint, plan
-from llama.errors import UserError
-from llama.interruption import STOPPED, StopRequests
-from llama.journal import locked
-from llama.parallel import name_of_attempt
+from llama.boundary.errors import UserError
+from llama.parallel.distribute import name_of_attempt
+from llama.storage import checkpoint
+from llama.training import plan
+from llama.training.journal import locked
+from llama.training.stopping import STOPPED, StopRequests
 
 STEPS = 50
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llama import journal
-from llama.errors import UserError
-from llama.journal import Journal, choose_folder, draw_loss_curve, read_metrics
+from llama.boundary.errors import UserError
+from llama.training import journal
+from llama.training.journal import Journal, choose_folder, draw_loss_curve, read_metrics
 
 ROOT = Path(journal.__file__).parents[1]
 
@@ -172,7 +172,7 @@ def test_a_run_resumed_before_its_first_checkpoint_begins_its_journal_again(tmp_
 WRITER = """
 import sys
 sys.path.insert(0, {root!r})
-from llama.journal import Journal
+from llama.training.journal import Journal
 from pathlib import Path
 journal = Journal(Path({folder!r}), {resumed})
 for step in range({resumed} + 1, 10**9):

@@ -19,15 +19,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import lora
-from llama import pretrained
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
-from llama.optim import build_adamw
-from llama.packed import PackedDocuments
-from llama.parallel import build
-from llama.quantize import KINDS, quantize
-from llama.slices import WeightsError, local_slice, region
+from llama.boundary.errors import UserError
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.model.quantize import KINDS, quantize
+from llama.parallel.distribute import build
+from llama.storage import pretrained
+from llama.storage.slices import WeightsError, local_slice, region
+from llama.training.optim import build_adamw
 from lora import VARIANTS, Adapter, LoRALinear
 
 # Odd sizes: neither 2 nor 4 ranks divide 10, 30 or 97 rows evenly.

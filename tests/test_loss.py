@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama.loss import summed_cross_entropy
+from llama.model.loss import summed_cross_entropy
 
 V, D = 131, 24
 

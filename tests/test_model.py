@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import llama.attention
-import llama.model
-from llama import pretrained
-from llama.config import ConfigError, ModelConfig
-from llama.embedding import Embedding
-from llama.model import Llama
-from llama.norm import RMSNorm
-from llama.packed import PackedDocuments
-from llama.rope import rope_frequencies, rope_table
+import llama.model.attention
+import llama.model.decoder
+from llama.model.config import ConfigError, ModelConfig
+from llama.model.decoder import Llama
+from llama.model.embedding import Embedding
+from llama.model.norm import RMSNorm
+from llama.model.packed import PackedDocuments
+from llama.model.rope import rope_frequencies, rope_table
+from llama.storage import pretrained
 
 LENGTHS = [5, 1, 40, 17]  # of the documents of every batch here
 BASE = {
@@ -200,7 +200,7 @@ def test_the_decoder_equals_a_numpy_decoder_in_float64(variant, monkeypatch):
     expected = np.concatenate([numpy_logits(config, weights, d.numpy()) for d in tokens.split(LENGTHS)])
     with torch.no_grad():
         assert np.abs(model(tokens, documents.positions, documents).numpy() - expected).max() <= 1e-6
-        monkeypatch.setattr(llama.model, "rope_table", exact_rope_table)
+        monkeypatch.setattr(llama.model.decoder, "rope_table", exact_rope_table)
         assert np.abs(model(tokens, documents.positions, documents).numpy() - expected).max() <= 1e-12
 
 
@@ -269,7 +269,7 @@ def test_metas_interleaved_weights_permuted_as_hugging_face_does_give_the_same_l
     tokens, documents = random_tokens(config.vocab_size), PackedDocuments(LENGTHS)
     with torch.no_grad():
         with monkeypatch.context() as patch:
-            patch.setattr(llama.attention, "rotate", interleaved_rotate)
+            patch.setattr(llama.model.attention, "rotate", interleaved_rotate)
             expected = model(tokens, documents.positions, documents)
         unpermuted = model(tokens, documents.positions, documents)
         for layer in model.layers:

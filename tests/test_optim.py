@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from llama.config import ModelConfig
-from llama.model import Llama
-from llama.optim import (
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.training.optim import (
     COSINE_END,
     SCHEDULES,
     build_adamw,

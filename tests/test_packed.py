@@ -11,16 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import llama.batches
-import llama.packed
-from llama.batches import Batch, pack
-from llama.chat import LAYOUTS, MARKS, Chat
-from llama.config import ModelConfig
-from llama.encoding import encode_rows
-from llama.model import Llama
-from llama.packed import BLOCK, PackedDocuments, _cut, varlen_attn
-from llama.templates import TEMPLATES
-from llama.tokenizer import load_tokenizer
+import llama.data.batches
+import llama.model.packed
+from llama.data.batches import Batch, pack
+from llama.data.chat import LAYOUTS, MARKS, Chat
+from llama.data.encoding import encode_rows
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import load_tokenizer
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import BLOCK, PackedDocuments, _cut, varlen_attn
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8)
@@ -123,7 +123,7 @@ def test_on_cuda_bf16_is_within_2_percent(path, heads):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_gradients_are_those_of_the_output(path, monkeypatch):
     """torch.autograd.gradcheck by finite differences in float64, with blocks so short that documents span several."""
-    monkeypatch.setattr(llama.packed, "BLOCK", 2)
+    monkeypatch.setattr(llama.model.packed, "BLOCK", 2)
     lengths = [3, 1, 1, 4]
     q, k, v, _ = inputs(lengths, (4, 2), torch.float64, head_dim=2)
     documents = PackedDocuments(lengths)
@@ -234,7 +234,7 @@ def test_rounding_the_stream_up_leaves_loss_and_gradients_equal(answered, monkey
     model, data = random_model(), ListOfExamples([7, 130, 20], answered)
     results, lengths = [], []
     for multiple in (1, 8, 64):
-        monkeypatch.setattr(llama.batches, "ROUND_TO", multiple)
+        monkeypatch.setattr(llama.data.batches, "ROUND_TO", multiple)
         batch = pack(data, [2, 0, 1])
         lengths.append(len(batch.tokens))
         results.append(loss_and_gradients(model, batch))

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_train import Settings, train_step
-from llama import pretrained
-from llama.batches import deal, pack
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
-from llama.norm import RMSNorm
-from llama.optim import build_adamw
-from llama.packed import PackedDocuments
-from llama.parallel import Ranks, build
+from llama.boundary.errors import UserError
+from llama.data.batches import deal, pack
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.norm import RMSNorm
+from llama.model.packed import PackedDocuments
+from llama.parallel.distribute import Ranks, build
+from llama.storage import pretrained
+from llama.training.optim import build_adamw
 
 # No size divides by 2 or 4 ranks everywhere: 97 rows and 3 heads do not; large weights make all terms count.
 UNTIED = ModelConfig(vocab_size=97, hidden_size=30, intermediate_size=42, num_hidden_layers=2, num_attention_heads=3,

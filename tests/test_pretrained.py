@@ -22,12 +22,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from benchmarks.loading import PeakMemory
-from llama import slices
-from llama.config import ModelConfig, read_config
-from llama.model import Llama
-from llama.packed import PackedDocuments
-from llama.pretrained import export, initialize, load
-from llama.slices import WeightsError, read_tensors, write_tensors
+from llama.model.config import ModelConfig, read_config
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.storage import slices
+from llama.storage.pretrained import export, initialize, load
+from llama.storage.slices import WeightsError, read_tensors, write_tensors
 
 # Odd sizes everywhere: no number of ranks divides the vocabulary, 4 does not divide the 6 rows of k_proj's heads.
 CONFIG = ModelConfig(

@@ -12,13 +12,13 @@ from sharded import here, whole
 from torch import nn
 
 import lora
-from llama import pretrained, slices
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
-from llama.packed import PackedDocuments
-from llama.parallel import build
-from llama.quantize import KINDS, NF4, bytes_per_weight, quantize
+from llama.boundary.errors import UserError
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.model.quantize import KINDS, NF4, bytes_per_weight, quantize
+from llama.parallel.distribute import build
+from llama.storage import pretrained, slices
 from lora import Adapter
 
 # QLoRA (https://arxiv.org/abs/2305.14314), appendix E.

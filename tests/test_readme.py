@@ -99,7 +99,7 @@ def test_the_resume_command_continues_the_run(trained, clone):
 
 
 def test_the_listing_command_shows_the_checkpoints(trained, clone):
-    [command] = [c for c in COMMANDS if "llama.checkpoint" in c]
+    [command] = [c for c in COMMANDS if "llama.storage.checkpoint" in c]
     told = run(command, clone)
     assert re.search(r"^step-\d{6}  \S+ MB  written by 4 ranks  loss .*  newest  best$", told, re.MULTILINE), told
 
@@ -121,7 +121,7 @@ def test_the_command_that_shows_data_prints_what_the_readme_shows(clone):
 
 
 def test_the_template_of_the_readme_renders_a_row(clone):
-    from llama.templates import Template
+    from llama.data.templates import Template
 
     [source] = re.findall(r"```\n(Translate.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     segments, _ = Template("french.txt", source).render({"english": "Hello", "french": "Bonjour"}, "")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llama.rows
-from llama.rows import LONGEST_LINE, READERS, DataError, read
+import llama.data.rows
+from llama.data.rows import LONGEST_LINE, READERS, DataError, read
 
 GOOD = '{"text": "fine", "label": 1}'
 ROW = {"text": "fine", "label": 1}
@@ -168,7 +168,7 @@ def test_a_line_of_50_megabytes_is_a_bad_row_told_with_its_size_and_never_held(t
 @pytest.mark.parametrize("longer", [-1, 0, 1, 64, 65, 129])
 def test_the_longest_line_is_exactly_as_long_as_said(tmp_path, monkeypatch, longer, end):
     """R15: a byte more is a bad row, wherever the pieces that it is read in end."""
-    monkeypatch.setattr(llama.rows, "LONGEST_LINE", 64)
+    monkeypatch.setattr(llama.data.rows, "LONGEST_LINE", 64)
     path = tmp_path / "train.jsonl"
     line = b'{"text": "' + b"x" * (64 + longer - 12 - len(end)) + b'"}' + end
     path.write_bytes(line + (GOOD.encode() if end else b""))

@@ -8,7 +8,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from assets import make_sample, make_tokenizer
-from llama.templates import TEMPLATES
+from llama.data.templates import TEMPLATES
 
 SPLITS = ["train", "test"]
 NEGATION = re.compile(r"\b(not|never|nothing|nobody|far from|anything but)\b", re.I)

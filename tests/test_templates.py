@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.encoding import Encoded, encode_rows
-from llama.rows import LONGEST_LINE, DataError
-from llama.templates import END, TEMPLATES, Segment, Template
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.data.encoding import Encoded, encode_rows
+from llama.data.rows import LONGEST_LINE, DataError
+from llama.data.templates import END, TEMPLATES, Segment, Template
+from llama.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT.parent / "shared" / "seeds"

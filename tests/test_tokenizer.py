@@ -24,8 +24,8 @@ import tokenizers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from llama.errors import UserError
-from llama.tokenizer import Llama3Tokenizer, Tokenizer, TokenizerError, load_tokenizer
+from llama.boundary.errors import UserError
+from llama.data.tokenizer import Llama3Tokenizer, Tokenizer, TokenizerError, load_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny" / "tokenizer.model"
@@ -637,7 +637,7 @@ def test_worker_processes_tokenize_alike(tmp_path: Path, method: str):
 def test_the_core_runs_without_the_tokenizers_library(tmp_path: Path):
     """DESIGN: `tokenizers` is imported only for the formats that need it."""
     folder = write(tmp_path, tokenizer__model=train_sentencepiece())
-    code = ("import sys; sys.modules['tokenizers'] = None; from llama.tokenizer import load_tokenizer; "
+    code = ("import sys; sys.modules['tokenizers'] = None; from llama.data.tokenizer import load_tokenizer; "
             f"print(load_tokenizer({str(folder)!r}).decode([1, 5, 2]) != '')")
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

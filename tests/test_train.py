@@ -21,16 +21,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fsdp_train
 from data import TINY_TOKENIZER, hold_out
-from llama import checkpoint, pretrained
-from llama.batches import Schedule
-from llama.config import TINY
-from llama.encoding import EncodedData, encode_file
-from llama.errors import UserError
-from llama.model import Llama
-from llama.packed import PackedDocuments
-from llama.parallel import Ranks
-from llama.templates import TEMPLATES
-from llama.tokenizer import load_tokenizer
+from llama.boundary.errors import UserError
+from llama.data.batches import Schedule
+from llama.data.encoding import EncodedData, encode_file
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer import load_tokenizer
+from llama.model.config import TINY
+from llama.model.decoder import Llama
+from llama.model.packed import PackedDocuments
+from llama.parallel.distribute import Ranks
+from llama.storage import checkpoint, pretrained
 
 ROOT = Path(fsdp_train.__file__).parent
 WORDS = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
@@ -481,7 +481,7 @@ def test_a_checkpoint_is_never_ahead_of_its_metrics(ranks, tmp_path):
 
 def with_full_journal(cache: Path, chosen: fsdp_train.Settings, step: int, kind: str) -> str:
     """What is told where the disk refuses this line."""
-    from llama.journal import Journal
+    from llama.training.journal import Journal
 
     real = Journal.write
 
@@ -656,7 +656,7 @@ def environ_of(pid: int) -> list[bytes]:
 
 def test_devices_come_from_the_local_rank(monkeypatch):
     """C46: rank 9 of two 8-GPU nodes computes on the second GPU of its own node."""
-    from llama import parallel
+    from llama.parallel.distribute import distribute as parallel
 
     chosen = []
     for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llama.errors import WeightsError
-from llama.together import first_rank, together, wait_until_visible
+from llama.boundary.errors import WeightsError
+from llama.parallel.collectives import first_rank, together, wait_until_visible
 
 BLOCK = 64 * 2**20  # bytes hashed at a time: what ranks share a large file's digest by
 

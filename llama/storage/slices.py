@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llama.durable import sync, write_durably
-from llama.errors import WeightsError, one_line, some
-from llama.folder import inside, read_json_text
-from llama.together import first_rank, together, wait_until_visible
+from llama.boundary.errors import WeightsError, one_line, some
+from llama.boundary.untrusted import inside, read_json_text
+from llama.parallel.collectives import first_rank, together, wait_until_visible
+from llama.storage.atomic import sync, write_durably
 
 PIECE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beyond its shard
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

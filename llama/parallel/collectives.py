@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llama.errors import WeightsError, one_line
+from llama.boundary.errors import WeightsError, one_line
 
 PATIENCE = 60.0  # seconds to wait for what another machine wrote to show on a shared disk
 

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llama.config import ModelConfig, read_config
-from llama.durable import appearing, sync, write_durably
-from llama.errors import UserError
-from llama.model import Llama
-from llama.quantize import QuantizedLinear
-from llama.slices import (
+from llama.boundary.errors import UserError
+from llama.data.tokenizer import Tokenizer, load_tokenizer
+from llama.model.config import ModelConfig, read_config
+from llama.model.decoder import Llama
+from llama.model.quantize import QuantizedLinear
+from llama.parallel.collectives import first_rank, together
+from llama.storage.atomic import appearing, sync, write_durably
+from llama.storage.slices import (
     Rows,
     check_tensors,
     local_slice,
@@ -25,8 +27,6 @@ from llama.slices import (
     sharded_parameters,
     write_tensors,
 )
-from llama.together import first_rank, together
-from llama.tokenizer import Tokenizer, load_tokenizer
 
 # What an export writes: a left-over folder with anything else in it is not ours to delete.
 EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")

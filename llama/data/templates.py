@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llama.rows import LONGEST_LINE, DataError
+from llama.data.rows import LONGEST_LINE, DataError
 
 LONGEST_TEMPLATE, MOST_WORDS = 1 << 20, 1000
 END = ""  # as the text of a control segment: the tokenizer's own end token

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from llama.config import ModelConfig, RopeScaling
+from llama.model.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:

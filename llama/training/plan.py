@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama import checkpoint, pretrained
-from llama.batches import Schedule
-from llama.cli import CheckedSettings
-from llama.errors import UserError
-from llama.journal import choose_folder, locked
-from llama.parallel import Ranks, compute_dtype
+from llama.boundary.command_line import CheckedSettings
+from llama.boundary.errors import UserError
+from llama.data.batches import Schedule
+from llama.parallel.distribute import Ranks, compute_dtype
+from llama.storage import checkpoint, pretrained
+from llama.training.journal import choose_folder, locked
 
 COUNTS = {"examples", "tokens", "labels", "seconds"}  # what a run adds up over its steps, resumed or not
 # What one attempt leaves for the next in a store that outlives it: its folder, and that it has begun there, so that

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama.errors import UserError
+from llama.boundary.errors import UserError
 
 # A longer line is a bad row and is never held in memory: a text of so many bytes takes some GB to tokenize.
 LONGEST_LINE = 16 << 20

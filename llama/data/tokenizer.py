@@ -18,8 +18,8 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.errors import UserError, WeightsError
-from llama.folder import inside, read_json_text
+from llama.boundary.errors import UserError, WeightsError
+from llama.boundary.untrusted import inside, read_json_text
 
 LARGEST_FILE = 512 * 2**20  # bytes; Llama 3's is 17 MB
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llama.errors import UserError
+from llama.boundary.errors import UserError
 
 
 def find_model(name: str) -> Path:

@@ -8,8 +8,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from llama.errors import UserError, WeightsError
-from llama.folder import read_json_text
+from llama.boundary.errors import UserError, WeightsError
+from llama.boundary.untrusted import read_json_text
 
 
 class ConfigError(UserError):

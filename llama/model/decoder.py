@@ -6,13 +6,13 @@ many sequences: positions and context say which, and no weight here needs to kno
 
 from torch import Tensor, nn
 
-from llama.attention import Attention, AttentionContext
-from llama.config import ModelConfig
-from llama.embedding import Embedding
-from llama.loss import summed_cross_entropy
-from llama.mlp import MLP
-from llama.norm import RMSNorm
-from llama.rope import rope_table
+from llama.model.attention import Attention, AttentionContext
+from llama.model.config import ModelConfig
+from llama.model.embedding import Embedding
+from llama.model.loss import summed_cross_entropy
+from llama.model.mlp import MLP
+from llama.model.norm import RMSNorm
+from llama.model.rope import rope_table
 
 
 class DecoderLayer(nn.Module):
@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
 class Llama(nn.Module):
     """A Llama for causal language modelling (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
 
-    Build it under `torch.device("meta")` and fill it with `llama.pretrained.load`, or call `initialize`.
+    Build it under `torch.device("meta")` and fill it with `llama.storage.pretrained.load`, or call `initialize`.
     """
 
     def __init__(self, config: ModelConfig):

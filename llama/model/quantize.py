@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from llama.errors import UserError
+from llama.boundary.errors import UserError
 
 BLOCK = 64  # weights that share an absmax
 NF4 = torch.tensor([

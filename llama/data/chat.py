@@ -13,9 +13,9 @@ can change an earlier one, and what a message says never becomes a control token
 
 from collections.abc import Callable, Iterator
 
-from llama.rows import DataError
-from llama.templates import END, Segment, check_text, described
-from llama.tokenizer import Tokenizer
+from llama.data.rows import DataError
+from llama.data.templates import END, Segment, check_text, described
+from llama.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Turn = tuple[str, str]  # role, content

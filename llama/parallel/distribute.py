@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from llama.config import ModelConfig
-from llama.errors import UserError
-from llama.model import Llama
+from llama.boundary.errors import UserError
+from llama.model.config import ModelConfig
+from llama.model.decoder import Llama
 
 # How long a rank waits for the others before it gives up, in a collective or at the start, while a slower node may
 # still be encoding data.

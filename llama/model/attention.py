@@ -4,8 +4,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from llama.config import ModelConfig
-from llama.rope import rotate
+from llama.model.config import ModelConfig
+from llama.model.rope import rotate
 
 
 class AttentionContext(Protocol):

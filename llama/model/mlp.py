@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama.config import ModelConfig
+from llama.model.config import ModelConfig
 
 
 class MLP(nn.Module):

@@ -3,7 +3,7 @@
 Why apart: a tokenizer merges letters across any border. Encoded together, the end of a prompt may fuse with the start
 of its answer into a token that the prompt alone, at inference, never ends in. So each segment is encoded on its own
 and the ids are joined: the prompt at inference is by construction a strict prefix of what was trained on. The price is
-that ids may differ from those of the whole string. `llama/batches.py` makes packed batches of the examples.
+that ids may differ from those of the whole string. `llama/data/batches.py` makes packed batches of the examples.
 """
 
 import json
@@ -21,15 +21,15 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-import llama.chat
-import llama.rows
-import llama.templates
-import llama.tokenizer
-from llama.cache import cached, digest
-from llama.errors import printable
-from llama.rows import DataError, read
-from llama.templates import END, Segment, described
-from llama.tokenizer import Tokenizer
+import llama.data.chat
+import llama.data.rows
+import llama.data.templates
+import llama.data.tokenizer
+from llama.boundary.errors import printable
+from llama.data.cache import cached, digest
+from llama.data.rows import DataError, read
+from llama.data.templates import END, Segment, described
+from llama.data.tokenizer import Tokenizer
 
 # Rows are tokenized in batches of at most so many, and (but for a single long row) so many characters.
 # A million characters take some 100 MB while they are tokenized.
@@ -222,7 +222,8 @@ def encode_file(
     The cache is keyed by content: of the data, of the tokenizer's files, of this code and its libraries, the settings.
     Raises BadRows when rows cannot be used, unless they are to be skipped, and DataError when the whole file cannot.
     """
-    code = [Path(module.__file__) for module in (llama.chat, llama.rows, llama.templates, llama.tokenizer)]
+    modules = (llama.data.chat, llama.data.rows, llama.data.templates, llama.data.tokenizer)
+    code = [Path(module.__file__) for module in modules]
     before = _identity(path)
     key = [digest([path, *tokenizer.files, Path(__file__), *code]), path.suffix, template.name, template.source,
            max_length, truncate_side, category, version("sentencepiece"), version("tokenizers")]

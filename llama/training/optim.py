@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llama.adamw8bit import AdamW8bit
+from llama.training.adamw8bit import AdamW8bit
 
 SCHEDULES = ("constant", "linear", "cosine")
 COSINE_END = 0.1  # of the peak: where a cosine ends, at the last step

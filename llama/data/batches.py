@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.packed import PackedDocuments
+from llama.model.packed import PackedDocuments
 
 # Every new length makes the CPU's matrix library keep another set of compiled kernels (memory grew by 2 GB over 96
 # lengths) and makes CUDA's allocator fragment: streams are rounded up to a multiple of this.

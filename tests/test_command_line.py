@@ -12,9 +12,9 @@ import data
 import evaluate
 import fsdp_train
 import lora
-from llama.cli import CheckedSettings, parse, run, setting
-from llama.encoding import BadRows
-from llama.errors import UserError
+from llama.boundary.command_line import CheckedSettings, parse, run, setting
+from llama.boundary.errors import UserError
+from llama.data.encoding import BadRows
 
 
 @dataclass(frozen=True, kw_only=True)

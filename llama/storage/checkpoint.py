@@ -9,9 +9,9 @@ Every rank writes its own slices into shared files in step-000100.tmp; when all 
 One that is being deleted is .deleting, one that is newer than what a run went back to .aside: neither is a checkpoint.
 Files hold whole tensors, so they can be read back by any number of ranks; and nothing in them is a pickle.
 
-    python -m llama.checkpoint list RUN                      what is there
-    python -m llama.checkpoint verify RUN                    is it whole: reads every byte
-    python -m llama.checkpoint export RUN OUT [--step NAME]  what the run would have left, had it ended there
+    python -m llama.storage.checkpoint list RUN                      what is there
+    python -m llama.storage.checkpoint verify RUN                    is it whole: reads every byte
+    python -m llama.storage.checkpoint export RUN OUT [--step NAME]  what the run would have left, had it ended there
 """
 
 import hashlib
@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.cli import Parser, run
-from llama.durable import appearing, digests, write_durably
-from llama.errors import UserError, WeightsError, one_line
-from llama.folder import inside, read_json_text
-from llama.optim import optimizer_tensors, set_optimizer_step
-from llama.slices import Part, read_tensors, sharded_parameters, write_tensors
-from llama.together import first_rank, together
+from llama.boundary.command_line import Parser, run
+from llama.boundary.errors import UserError, WeightsError, one_line
+from llama.boundary.untrusted import inside, read_json_text
+from llama.parallel.collectives import first_rank, together
+from llama.storage.atomic import appearing, digests, write_durably
+from llama.storage.slices import Part, read_tensors, sharded_parameters, write_tensors
+from llama.training.optim import optimizer_tensors, set_optimizer_step
 
 NAME = re.compile(r"step-(\d{6,9})")
 MANIFEST = "manifest.json"
@@ -331,7 +331,8 @@ def listing(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m llama.checkpoint", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m llama.storage.checkpoint", description=__doc__,
+                    formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, help_text in (("list", "what is there"), ("verify", "is it whole: reads every byte"),
                             ("export", "write what the run would have left, had it ended there")):
@@ -373,6 +374,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from llama.checkpoint import main  # the module that others import, not a second one named __main__
+    from llama.storage.checkpoint import main  # the module that others import, not a second one named __main__
 
     run(main)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from llama.errors import WeightsError, some
+from llama.boundary.errors import WeightsError, some
 
 LARGEST_JSON = 64 * 2**20  # bytes: an index of a million tensors; a configuration is a thousand times smaller
 

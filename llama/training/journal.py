@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.durable import replace_durably
-from llama.errors import UserError, printable
+from llama.boundary.errors import UserError, printable
+from llama.storage.atomic import replace_durably
 
 
 def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NoReturn, get_args
 
-from llama.errors import UserError
+from llama.boundary.errors import UserError
 
 
 def setting(

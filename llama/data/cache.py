@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.durable import sync
-from llama.rows import DataError
+from llama.data.rows import DataError
+from llama.storage.atomic import sync
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
