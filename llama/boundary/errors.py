@@ -1,9 +1,11 @@
-"""The kinds of error a user can cause, and how they are printed."""
+"""UserError, the exception for every mistake in flags and files, and how it is printed as one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in what the program was given: a flag, a file, a setting.
 
     The message is one line: where, what was found, what was expected. Scripts print it and exit with status 2.
@@ -11,25 +13,44 @@ class UserError(ValueError):
 
     @property
     def lines(self) -> list[str]:
-        """What to print: one line, whatever is in what the message quotes."""
+        """What to print: one line, even if the message quotes text that has line breaks."""
         return [printable(" ".join(str(self).splitlines()))]
 
 
-def printable(text: str, keep: str = "") -> str:
-    """The text with what could steer a terminal, or cannot be encoded, spelled as \\x1b; `keep`s are left alone."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+@contextmanager
+def as_user_error(where: str | Path, expected: str = "") -> Iterator[None]:
+    """Turn any error in reading outside data into a UserError: where, what was found, what was expected.
+
+    Keep the block short: inside it, a mistake of our own would look like a user's.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        ending = f", expected {expected}" if expected else ""
+        raise UserError(f"{where}: {reason(error)}{ending}") from None
 
 
-class WeightsError(UserError):
-    """Weights that cannot be read or written. One line: where, what was found, what was expected."""
+def reason(error: Exception) -> str:
+    """The cause in a few words: what the system says of a file, which key is missing, or the error's own message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"has no {one_line(error)}"
+    return one_line(error)
 
 
 def one_line(error: Exception) -> str:
-    """Its message, which may quote a hostile file, without line breaks and terminal escapes."""
-    shown = "".join(c if c.isprintable() else " " for c in str(error))
-    return shown.strip()[:300] or type(error).__name__
+    """The error's message without line breaks and terminal escapes: it may quote a hostile file."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return text.strip()[:300] or type(error).__name__
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many there are beyond. Names from a file may be long and hold line breaks."""
-    return ", ".join(f"{name!r:.100}" for name in names[:3]) + (len(names) > 3) * f" and {len(names) - 3} more"
+def printable(text: str, keep: str = "") -> str:
+    """The text, with each character that could control a terminal spelled out, such as \\x1b. `keep` stays as it is."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are. Names from a file may be long or hold line breaks."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"{name!r:.100}" for name in names[:3]) + more

@@ -1,15 +1,17 @@
-"""Everything that may use the network: fetching models and data sets from the Hugging Face hub, into its own cache."""
+"""The only file that may use the network: models and data sets from the Hugging Face hub, into the hub's own cache."""
 
 import os
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, one_line
+
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
 
 
 def find_model(name: str) -> Path:
-    """A folder as it is, or the downloaded snapshot of a hub id. Raises UserError when `name` is neither."""
+    """A local folder as it is, or the downloaded snapshot of a hub id. Raises UserError when `name` is neither."""
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
@@ -17,37 +19,47 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
-        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=10,
-                                      local_files_only=not _reachable()))
-    except Exception as error:  # its client raises whatever the network library does
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
+        return Path(
+            snapshot_download(
+                name, allow_patterns=MODEL_FILES, etag_timeout=10, local_files_only=not _is_reachable()
+            )
+        )
+    except Exception as error:  # the hub's client lets any error of its network library through
+        raise UserError(f"--model {name}: not a folder here, and the hub did not give it ({one_line(error)})") from None
 
 
 def download_dataset(repo: str, config: str, splits: dict[str, str]) -> dict[str, Path]:
-    """The first Parquet file of each split, {our name: path}; the hub keeps every data set also as Parquet.
+    """The first Parquet file of each split, {our name: path}. The hub keeps every data set also as Parquet.
 
-    `splits` maps our name to the hub's. Raises UserError with the reason where the hub has it not or is out of reach.
+    `splits` maps our name of a split to the hub's. Raises UserError with the reason where the hub does not have it or
+    cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    offline = not _reachable()
+    offline = not _is_reachable()
     try:
         return {
-            split: Path(hf_hub_download(repo, f"{config}/{name}/0000.parquet", repo_type="dataset",
-                                        revision="refs/convert/parquet", etag_timeout=5, local_files_only=offline))
+            split: Path(
+                hf_hub_download(
+                    repo,
+                    f"{config}/{name}/0000.parquet",
+                    repo_type="dataset",
+                    revision="refs/convert/parquet",
+                    etag_timeout=5,
+                    local_files_only=offline,
+                )
+            )
             for split, name in splits.items()
         }
     except LocalEntryNotFoundError:
-        raise UserError(f"the hub, where it is {repo}, cannot be reached") from None
-    except Exception as error:  # its client raises whatever the network library does
-        raise UserError(f"the hub said: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the hub, which has {repo}, cannot be reached") from None
+    except Exception as error:  # the hub's client lets any error of its network library through
+        raise UserError(f"the hub said: {one_line(error)}") from None
 
 
-def _reachable() -> bool:
-    """Whether the hub answers within seconds: its own client would go on trying for half a minute."""
+def _is_reachable() -> bool:
+    """Whether the hub answers within 5 seconds. Its own client would retry for half a minute."""
     from huggingface_hub import constants
 
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):

@@ -1,34 +1,47 @@
-"""A folder that a stranger may have made: only files that are its own are read, and only so much of them."""
+"""Reading a folder that a stranger may have made: only its own files, and only up to a size."""
 
+import json
 import os
 from pathlib import Path
 
-from llama.boundary.errors import WeightsError, some
+from llama.boundary.errors import UserError, as_user_error, first_few
 
-LARGEST_JSON = 64 * 2**20  # bytes: an index of a million tensors; a configuration is a thousand times smaller
+LARGEST_JSON = 64 * 2**20  # bytes; an index of a million tensors fits, a configuration is a thousand times smaller
 
 
 def inside(folder: Path, name: str, suffix: str) -> Path:
-    """`folder/name` with links followed. Raises WeightsError unless that is a file of this very folder."""
+    """The path of `folder/name` with links followed. Raises UserError unless it is a file inside this folder."""
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
         wanted = f"a plain *{suffix} file name" if suffix else "a plain file name"
-        raise WeightsError(f"{folder}: names {some([name])}, expected {wanted}")
-    home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
-    # The hub's cache keeps contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
+        raise UserError(f"{folder}: names {first_few([name])}, expected {wanted}")
+    home = Path(os.path.realpath(folder))
+    path = Path(os.path.realpath(folder / name))
+    # The hub's cache stores contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (path.is_relative_to(home) or path.is_relative_to(blobs)):
-        raise WeightsError(f"{folder / name}: a link to {path}, expected a file inside the folder")
+        raise UserError(f"{folder / name}: a link to {path}, expected a file inside the folder")
     if not os.path.isfile(path):
-        raise WeightsError(f"{str(folder / name):.300}: is missing or not a file, expected one of this folder")
+        raise UserError(f"{str(folder / name):.300}: is missing or not a file, expected a file of this folder")
     return path
 
 
-def read_json_text(folder: Path, name: str) -> str:
-    """The text of a JSON file of this folder. Raises WeightsError for one that is missing, too long or elsewhere, and
-    UnicodeDecodeError, a ValueError as bad JSON is, for one that is no text."""
-    path = inside(folder, name, ".json")
-    with open(path, "rb") as file:
+def read_json(folder: str | Path, name: str) -> dict:
+    """The object in a JSON file of this folder. Raises UserError for a file that is missing, outside of the folder, too
+    large, not JSON, or in which a name comes twice."""
+    where = Path(folder) / name
+    with as_user_error(where, "a JSON object"), open(inside(Path(folder), name, ".json"), "rb") as file:
         content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise WeightsError(f"{folder / name}: more than {LARGEST_JSON:,} bytes")
-    return content.decode()
+        if len(content) > LARGEST_JSON:
+            raise UserError(f"{where}: more than {LARGEST_JSON:,} bytes")
+        values = json.loads(content.decode(), object_pairs_hook=without_repetition)
+        if not isinstance(values, dict):
+            raise TypeError(f"found {type(values).__name__}")
+        return values
+
+
+def without_repetition(pairs: list) -> dict:
+    """A hook for json.loads, which by itself silently keeps the last of two values under one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name comes twice")
+    return values

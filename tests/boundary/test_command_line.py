@@ -1,0 +1,294 @@
+"""Flags made from a dataclass: each mistake is one line, and no flag comes or goes unnoticed."""
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import data
+from evaluate import EvaluationSettings
+from llama.boundary.command_line import parse, run
+from llama.boundary.errors import UserError
+from llama.boundary.records import Settings, described_range, kind_of, setting
+from llama.data.examples import BadRows
+from llama.training.settings import TrainingSettings
+from lora import MergeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Settings):
+    """what to try"""
+
+    model: str = setting(help="which one")
+    steps: int = setting(10, "how many, 100 % of them", at_least=1)
+    rate: float | None = setting(None, "how fast; 1 unless it is late", above=0)
+    side: str = setting("left", "where", choices=("left", "right"))
+    loud: bool = setting(False, "say more")
+
+    def checks(self):
+        return [("steps", "10 at most with --loud", not (self.loud and self.steps > 10))]
+
+
+SETTINGS = [Example, data.Settings, TrainingSettings, EvaluationSettings, MergeSettings]
+
+
+@pytest.fixture(autouse=True)
+def program_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["example.py"])
+
+
+def test_flags_become_a_typed_dataclass():
+    assert parse(Example, ["--model", "m"]) == Example(model="m")
+    given = parse(Example, ["--model", "m", "--steps=7", "--rate", "1e-3", "--side", "right", "--loud"])
+    assert given == Example(model="m", steps=7, rate=0.001, side="right", loud=True)
+    assert [type(value) for value in dataclasses.astuple(given)] == [str, int, float, str, bool]
+
+
+@pytest.mark.parametrize("arguments, flag", [
+    (["--model", "m", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--model", "m", "--step", "3"], "--step"),
+    (["--model", "m", "--learning-rate", "3"], "--learning-rate"),
+    (["--model", "m", "stray"], "stray"),
+    (["--model", "m", "--side", "up"], "--side: invalid choice: 'up'"),
+    (["--model", "m", "--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--model", "m", "--steps", "1.5"], "--steps: invalid int value: '1.5'"),
+    (["--model", "m", "--rate", "fast"], "--rate: invalid float value: 'fast'"),
+    (["--model", "m", "--steps"], "--steps: expected one argument"),
+    (["--model", "m", "--loud", "yes"], "yes"),
+    (["--steps", "3"], "required: --model"),
+    ([], "required: --model"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_a_user_error_of_one_line_that_names_the_flag(arguments, flag):
+    """Unknown, shortened, of the wrong kind, missing: argparse's words after the script's name."""
+    with pytest.raises(UserError) as error:
+        parse(Example, arguments)
+    message = str(error.value)
+    assert message.startswith("example.py: ") and flag in message and "\n" not in message
+
+
+def test_settings_name_all_that_is_wrong_with_them_in_one_line():
+    """C4: however they were made; a value that contradicts another one is named with it, and NaN is out of range."""
+    Example(model="m", steps=11)
+    for given, message in (
+        ({"steps": 0}, "--steps 0: expected 1 or more"),
+        ({"rate": float("nan")}, "--rate nan: expected more than 0"),
+        ({"steps": 11, "loud": True}, "--steps 11: expected 10 at most with --loud"),
+        ({"steps": -1, "rate": -2.0}, "--steps -1: expected 1 or more; --rate -2.0: expected more than 0"),
+    ):
+        for make in (lambda given=given: Example(model="m", **given),
+                     lambda given=given: dataclasses.replace(Example(model="m"), **given)):
+            with pytest.raises(UserError) as error:
+                make()
+            assert error.value.lines == [f"example.py: {message}"]
+    with pytest.raises(UserError, match=r"^example.py: --steps 0: expected 1 or more$"):
+        parse(Example, ["--model", "m", "--steps", "0"])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_are_given_by_name_and_never_change(settings):
+    """By position two flags could be mixed up; and a run does what was checked."""
+    required = {entry.name: "x" for entry in dataclasses.fields(settings) if entry.default is dataclasses.MISSING}
+    made = settings(**required)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.model = "y"
+    with pytest.raises(TypeError, match="positional"):
+        settings("x", **required)
+
+
+def help_of(settings: type, capsys) -> dict[str, str]:
+    """The help text of each flag, on one line."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(settings, ["--help"])
+    assert stopped.value.code == 0
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    entries = [entry.split("\n\n")[0] for entry in entries]  # without the heading of the next group
+    return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_help_states_what_each_flag_means_its_range_and_its_default_once(settings, capsys, monkeypatch):
+    """DESIGN, command line. Where None stands for "it depends", the flag's own text says on what."""
+    monkeypatch.setenv("COLUMNS", "500")
+    found = help_of(settings, capsys)
+    for entry in dataclasses.fields(settings):
+        text, described = found[f"--{entry.name}"], described_range(entry.metadata)
+        default = "" if entry.default is None else f"default: {entry.default}"
+        if entry.default is dataclasses.MISSING:
+            default = "required"
+        if kind_of(entry) is bool:
+            default = ""  # a switch is off unless it is given
+            assert entry.default is False
+        notes = "; ".join(filter(None, [described, default]))
+        assert text.endswith(entry.metadata["help"] + (f" ({notes})" if notes else "")), text
+        assert len(re.findall(r"\(required|default: ", text)) <= 1, text
+        assert len(entry.metadata["help"]) > 3
+    assert set(found) == {f"--{entry.name}" for entry in dataclasses.fields(settings)} | {"-h"}
+
+
+@pytest.mark.parametrize("settings", [TrainingSettings, EvaluationSettings])
+def test_the_help_shows_every_flag_once_under_the_heading_of_the_class_that_declares_it(settings, capsys):
+    """A script may have fifty flags: those of one subject stand together."""
+    with pytest.raises(SystemExit):
+        parse(settings, ["--help"])
+    groups = re.split(r"\n(?=\S.*:\n)", capsys.readouterr().out)
+    found = {group.splitlines()[0]: re.findall(r"^  --(\w+)", group, re.MULTILINE) for group in groups}
+    found.pop("options:")
+    expected = {}
+    for owner in settings.__mro__:
+        if owner not in (Settings, object) and owner.__annotations__:
+            expected[f"{owner.__doc__.splitlines()[0]}:"] = list(owner.__annotations__)
+    usage = next(heading for heading in found if heading.startswith("usage: "))
+    assert found.pop(usage) == [] and found == expected
+    assert sorted(sum(found.values(), [])) == sorted(entry.name for entry in dataclasses.fields(settings))
+
+
+DATA_FLAGS = "data data_dir template max_length truncate_side test_fraction skip_bad_rows"
+SHOWING_FLAGS = DATA_FLAGS + " model show output"
+TRAINING_FLAGS = DATA_FLAGS + """
+    model adapter quantize train_layers lora_rank lora_alpha lora_dropout lora_targets lora_variant train_on_prompt
+    epochs max_steps batch_size batch_tokens group_by_length gradient_accumulation_steps
+    learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
+    dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
+    output eval_every eval_limit save_every async_save keep_checkpoints
+    resume allow_changed log_every
+"""
+MERGING_FLAGS = "model adapter output quantize dtype"
+EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"
+
+
+@pytest.mark.parametrize("settings, flags", [
+    (data.Settings, SHOWING_FLAGS), (TrainingSettings, TRAINING_FLAGS), (EvaluationSettings, EVALUATION_FLAGS),
+    (MergeSettings, MERGING_FLAGS),
+], ids=["data", "fsdp_train", "evaluate", "lora"])  # fmt: skip
+def test_the_command_line_grows_only_on_purpose(settings, flags):
+    """A new flag is a promise to users: it is added here and in the README, too."""
+    assert sorted(entry.name for entry in dataclasses.fields(settings)) == sorted(flags.split())
+
+
+@pytest.mark.parametrize("rank, printed", [(None, True), ("0", True), ("1", False), ("10", False)])
+def test_run_prints_a_user_error_once_and_every_rank_exits_with_status_2(monkeypatch, capsys, rank, printed):
+    """R9: four ranks that find the same mistake say it once on each machine."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        raise UserError("rows.jsonl:3: found\nthis, expected that")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err == ("rows.jsonl:3: found this, expected that\n" if printed else "")
+
+
+@pytest.mark.parametrize("rank, printed", [("0", True), ("3", False)])
+def test_run_prints_bad_rows_a_line_each(monkeypatch, capsys, rank, printed):
+    """R9, R15: and their number last; whatever they quote, none of them has a line break."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        raise BadRows(Path("rows.jsonl"), ["rows.jsonl:3: this", "rows.jsonl:7: that"], 12, 90)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    expected = "rows.jsonl:3: this\nrows.jsonl:7: that\nrows.jsonl: 12 of 90 rows cannot be used; "
+    assert err.startswith(expected) and err.count("\n") == 3 if printed else err == ""
+
+
+def test_run_leaves_everything_else_alone(capsys):
+    """A bug of ours keeps its traceback, and success is silent."""
+    assert run(lambda: None) is None
+    for error in (ValueError("ours"), OSError("ours, without a file"), SystemExit(7)):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            run(main)
+        assert raised.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_of_the_system_is_one_line_and_an_interrupt_none(capsys):
+    """R3: the rank that met a full disk or a forbidden file names it."""
+    for error, status in ((PermissionError(13, "Permission denied", "/x/run.json"), 2), (KeyboardInterrupt(), 130)):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == status
+    assert capsys.readouterr() == ("", "/x/run.json: Permission denied\n")
+
+
+OUT_OF_RANGE = {
+    "max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")],
+    "epochs": [0.0, -1.0, float("nan"), float("inf"), 1e9], "max_steps": [-1], "batch_size": [0, -3],
+    "batch_tokens": [-1, 1, 511], "lora_rank": [-1], "lora_alpha": [0.0, -1.0, float("nan"), float("inf")],
+    "lora_dropout": [-0.1, 1.0, float("nan")], "gradient_accumulation_steps": [0],
+    "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
+    "beta2": [-0.1, 1.0, float("nan")], "warmup_ratio": [-0.1, 1.1, float("nan")],
+    "weight_decay": [-0.1, float("nan"), float("inf")], "max_grad_norm": [-1.0, float("nan"), float("inf")],
+    "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "save_every": [-1],
+    "keep_checkpoints": [0, -2], "log_every": [0],
+}  # fmt: skip
+OF_THE_OTHERS = {
+    data.Settings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "show": [-1]},
+    EvaluationSettings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "batch_size": [0],
+                        "limit": [-1]},
+}
+EVERY_SCRIPT = {TrainingSettings: OUT_OF_RANGE} | OF_THE_OTHERS
+
+
+@pytest.mark.parametrize("settings", EVERY_SCRIPT, ids=lambda settings: settings.__module__)
+def test_settings_out_of_range_are_refused_all_in_one_line(settings):
+    """C4: NaN is out of every range; ten mistakes are named at once, not one in each run."""
+    wrong, script = EVERY_SCRIPT[settings], "example.py"
+    settings(model="x")
+    for name, values in wrong.items():
+        needed = {"lora_rank": 8} if name.startswith("lora_") else {}
+        for value in values:
+            with pytest.raises(UserError, match=rf"^{script}: --{name} {value}: expected [^\n;]+$"):
+                settings(model="x", **needed | {name: value})
+    with pytest.raises(UserError) as error:
+        settings(model="x", **{name: values[0] for name, values in wrong.items()})
+    named = re.findall(r"--(\w+) \S+: expected", str(error.value))
+    assert sorted(named) == sorted(wrong) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", EVERY_SCRIPT, ids=lambda settings: settings.__module__)
+def test_every_number_among_the_flags_has_a_range(settings):
+    """The list above holds every number: a new one cannot be forgotten."""
+    numbers = {entry.name for entry in dataclasses.fields(settings)
+               if entry.type in (int, float, int | None, float | None)}
+    assert numbers == set(EVERY_SCRIPT[settings])
+
+
+@pytest.mark.parametrize("settings, flags, message", [
+    (TrainingSettings, {"batch_tokens": 600, "group_by_length": True}, "--batch_tokens 600: expected 0 with --gro"),
+    (TrainingSettings, {"batch_tokens": 600, "max_length": 700}, "--batch_tokens 600: expected 0, or --max_length "),
+    (EvaluationSettings, {"predictions": "a", "output": "a"}, "--predictions a: expected another file than --output"),
+    (EvaluationSettings, {"predictions": "a", "metric": "loss"}, "--predictions a: expected --metric accuracy with it"),
+], ids=["packs by length", "packs too short", "one file for two", "nothing predicted"])  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(settings, flags, message):
+    """R7: and each of them alone is fine."""
+    with pytest.raises(UserError, match=rf"^example.py: {message}"):
+        settings(model="x", **flags)
+    for name, value in flags.items():
+        settings(model="x", **{name: value})
+
+
+def test_the_least_and_the_most_of_each_range_are_in_it():
+    """C4: as a pack that holds just the longest example."""
+    TrainingSettings(max_length=2, test_fraction=0.0, epochs=1e6, max_steps=0, batch_size=1, batch_tokens=2, seed=0,
+                     warmup_ratio=1.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, keep_checkpoints=-1)
+    TrainingSettings(test_fraction=0.999, batch_tokens=0, group_by_length=True, warmup_ratio=0.0, keep_checkpoints=1)
+    EvaluationSettings(model="x", batch_size=1, limit=0, predictions="a", metric="accuracy", output="b")
+    data.Settings(show=0)
