@@ -1,4 +1,7 @@
-"""What a Llama computes. These files import torch and each other, and nothing else."""
+"""What a Llama computes, in ten files that import torch and each other, and nothing else of the project.
+
+Read them in this order: config, norm, rope, attention, packed, mlp, embedding, loss, decoder, quantize.
+"""
 
 from llama.model.config import ModelConfig
 from llama.model.decoder import Llama

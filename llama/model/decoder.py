@@ -1,7 +1,7 @@
-"""The decoder: embed, a stack of layers that each add to one residual stream, normalise, project to the vocabulary.
+"""The decoder: embed the tokens, let each layer add to one residual stream, normalise, project to the vocabulary.
 
-The model reads one flat stream of tokens. Several documents may lie in it end to end, or one new token of each of
-many sequences: positions and context say which, and no weight here needs to know.
+The model reads one flat stream of T tokens, without a batch dimension. The stream may hold several documents end to end
+(training), or the newest token of each of many documents (generation): `context` knows where each document is.
 """
 
 from torch import Tensor, nn
@@ -33,14 +33,15 @@ class DecoderLayer(nn.Module):
 class Llama(nn.Module):
     """A Llama for causal language modelling (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
 
-    Build it under `torch.device("meta")` and fill it with `llama.storage.pretrained.load`, or call `initialize`.
+    Parameters have Hugging Face's names, without the prefix `model.`. Build it under `torch.device("meta")`, where it
+    takes no memory, and fill it with `llama.storage.pretrained`: `load_weights` or `initialize_weights`.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -48,26 +49,31 @@ class Llama(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor,
+        tokens: Tensor,  # (T) ids
         context: AttentionContext,
-        rows: Tensor | None = None,
-        targets: Tensor | None = None,
+        rows: Tensor,  # (R) indices into the stream
+        targets: Tensor,  # (R) the id that follows each row
     ) -> Tensor:
-        """Predict the token that follows each of `rows`.
+        """The loss: -log p(target | the tokens up to its row), summed over all targets, in nats.
 
-        tokens, positions (T) integers; rows (R) indices into T, None for all of them; targets (R) token ids.
-        Without targets: logits (R, V). With targets: the sum of their negative log-likelihoods in nats, an fp32
-        scalar, 0 when R = 0. The vocabulary is only ever computed for `rows`, in pieces when there is a target.
+        Returns an fp32 scalar, 0 when R = 0. The caller divides it by the number of targets of the global batch.
         """
+        x = self._hidden_states(tokens, context, rows)
+        return summed_cross_entropy(x, self.lm_head.weight, targets)
+
+    def logits(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+        """Scores (R, V): how likely each id is to follow each row. Without `rows`, all of the stream: (T, V)."""
+        return self.lm_head(self._hidden_states(tokens, context, rows))
+
+    def _hidden_states(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None) -> Tensor:
+        """What lm_head multiplies: the normalised residual stream (R, D) of the chosen rows."""
         x = self.embed_tokens(tokens)
-        # Angles are exact in fp32; only their sines may be rounded, so that q and k stay in their own dtype.
-        cos, sin = (table.to(x.dtype) for table in rope_table(self.config, positions))
+        cos, sin = rope_table(self.config, context.positions)
+        # The angles were computed in fp32. Only now cos and sin are rounded, so that q and k stay in their dtype.
+        cos = cos.to(x.dtype)
+        sin = sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, context)
         if rows is not None:
             x = x[rows]
-        x = self.norm(x)
-        if targets is None:
-            return self.lm_head(x)
-        return summed_cross_entropy(x, self.lm_head.weight, targets)
+        return self.norm(x)

@@ -1,7 +1,7 @@
 """The gated feed-forward layer."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import silu
 
 from llama.model.config import ModelConfig
 
@@ -11,10 +11,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, F_, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, F_, bias=bias)
-        self.up_proj = nn.Linear(D, F_, bias=bias)
-        self.down_proj = nn.Linear(F_, D, bias=bias)
+        D = config.hidden_size
+        F = config.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """(T, D) -> (T, D)."""
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))

@@ -2,15 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Scale every token's features to unit root mean square, then by a learned weight:
+    """Scale the features of every token to a root mean square of 1, then multiply them by a learned weight:
 
         y = weight * x / sqrt(mean(x^2) + eps)
 
-    The mean is taken over D in fp32 whatever the dtype of `x (T, D)`.
+    x (T, D) of any dtype; the mean over D is taken in fp32. Returns (T, D).
     Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
 
@@ -20,4 +20,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)

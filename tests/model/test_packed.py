@@ -1,8 +1,6 @@
 """Packed documents: no document sees another, and every way to compute that gives the same numbers."""
 
-import json
-from dataclasses import replace
-from pathlib import Path
+import inspect
 
 import numpy as np
 import pytest
@@ -11,16 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import llama.data.batches
 import llama.model.packed
-from llama.data.batches import Batch, pack
-from llama.data.chat import LAYOUTS, MARKS, Chat
-from llama.data.encoding import encode_rows
-from llama.data.templates import TEMPLATES
-from llama.data.tokenizer import load_tokenizer
 from llama.model.config import ModelConfig
 from llama.model.decoder import Llama
-from llama.model.packed import BLOCK, PackedDocuments, _cut, varlen_attn
+from llama.model.packed import QUERY_ROWS, PackedDocuments, _cut, varlen, varlen_attn
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8)
@@ -52,7 +44,11 @@ def oracle(q, k, v, d_out, lengths: list[int]) -> list[torch.Tensor]:
 
 
 def computed(path: str, q, k, v, d_out, lengths: list[int]) -> list[torch.Tensor]:
-    out = getattr(PackedDocuments(lengths, q.device), path)(q, k, v)
+    documents = PackedDocuments(lengths, q.device)
+    if path == "varlen":
+        out = varlen(q, k, v, documents.boundaries, max(lengths))
+    else:
+        out = getattr(documents, path)(q, k, v)
     assert out.dtype == q.dtype
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
@@ -112,7 +108,7 @@ def test_bf16_is_about_as_exact_as_other_attentions(path, heads, sharpness, boun
 
 @pytest.mark.skipif(varlen_attn is None or not torch.cuda.is_available(), reason="needs CUDA and varlen_attn")
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("path", ["attend_varlen", "attend_sdpa"])
+@pytest.mark.parametrize("path", ["varlen", "attend_sdpa"])
 def test_on_cuda_bf16_is_within_2_percent(path, heads):
     """C22: the variable-length flash kernel, and what stands in for it."""
     lengths = LENGTHS[-1]
@@ -120,10 +116,41 @@ def test_on_cuda_bf16_is_within_2_percent(path, heads):
     assert max(relative_errors(computed(path, q, k, v, d_out, lengths), oracle(q, k, v, d_out, lengths))) <= 0.02
 
 
+def kernel(q, k, v, starts, keys_start, longest, most_keys, causal: bool, shares_heads: bool):
+    """What `varlen_attn` computes, on any device: only causal attention is asked for, over one set of documents."""
+    assert causal and (shares_heads or q.shape == k.shape)
+    assert starts is keys_start and longest == most_keys == int(starts.diff().max())
+    return PackedDocuments(starts.diff().tolist()).attend_sdpa(q, k, v)
+
+
+def kernel_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
+    return kernel(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, False)
+
+
+def kernel_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    return kernel(q, k, v, cu_q, cu_k, max_q, max_k, window_size == (-1, 0), False)
+
+
+def kernel_2_12(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    return kernel(q, k, v, cu_q, cu_k, max_q, max_k, window_size == (-1, 0), enable_gqa)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("release", [kernel_2_10, kernel_2_11, kernel_2_12])
+def test_varlen_asks_each_release_of_pytorch_for_the_same_thing(release, heads, monkeypatch):
+    """Where there is no GPU, a stand-in for the kernel checks what it is asked for under each of its signatures."""
+    monkeypatch.setattr(llama.model.packed, "varlen_attn", release)
+    monkeypatch.setattr(llama.model.packed, "VARLEN_OPTIONS", inspect.signature(release).parameters)
+    lengths = LENGTHS[-1]
+    q, k, v, d_out = inputs(lengths, heads, torch.float64)
+    pairs = zip(computed("varlen", q, k, v, d_out, lengths), oracle(q, k, v, d_out, lengths), strict=True)
+    assert all((ours - exact).abs().max() <= 1e-12 for ours, exact in pairs)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_gradients_are_those_of_the_output(path, monkeypatch):
     """torch.autograd.gradcheck by finite differences in float64, with blocks so short that documents span several."""
-    monkeypatch.setattr(llama.model.packed, "BLOCK", 2)
+    monkeypatch.setattr(llama.model.packed, "QUERY_ROWS", 2)
     lengths = [3, 1, 1, 4]
     q, k, v, _ = inputs(lengths, (4, 2), torch.float64, head_dim=2)
     documents = PackedDocuments(lengths)
@@ -143,18 +170,20 @@ def test_the_gradients_do_not_depend_on_how_the_inputs_lie_in_memory():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 3 * BLOCK) | st.integers(1, 20) | st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1]),
-                min_size=1, max_size=30))
-@example([BLOCK])
-@example([BLOCK + 1, 1, BLOCK + 1])
-@example([1] * (BLOCK + 1))
+@given(st.lists(
+    st.integers(1, 3 * QUERY_ROWS) | st.integers(1, 20) | st.integers(QUERY_ROWS - 1, QUERY_ROWS + 1),
+    min_size=1, max_size=30,
+))
+@example([QUERY_ROWS])
+@example([QUERY_ROWS + 1, 1, QUERY_ROWS + 1])
+@example([1] * (QUERY_ROWS + 1))
 def test_blocks_cover_every_row_once_and_hold_all_the_keys_it_may_see(lengths):
-    """C22: for any lengths. Long documents are cut, short ones are not, and a block never exceeds BLOCK rows."""
+    """C22: for any lengths. Long documents are cut, short ones are not, and a block never exceeds QUERY_ROWS rows."""
     starts = np.cumsum([0, *lengths[:-1]])
     first_key = np.repeat(starts, lengths)  # of the document that a row belongs to
     covered = 0
     for start, end, first in _cut(lengths):
-        assert start == covered and 0 < end - start <= BLOCK
+        assert start == covered and 0 < end - start <= QUERY_ROWS
         assert first == first_key[start]
         covered = end
     assert covered == sum(lengths)
@@ -176,7 +205,7 @@ def random_tokens(count: int, seed: int) -> torch.Tensor:
 def logits_of(model: Llama, *documents: torch.Tensor) -> list[torch.Tensor]:
     """Of each of the documents, packed into one stream."""
     packed = PackedDocuments([len(d) for d in documents])
-    return list(model(torch.cat(documents), packed.positions, packed).split(packed.lengths))
+    return list(model.logits(torch.cat(documents), packed).split(packed.lengths))
 
 
 @pytest.mark.parametrize("before, after", [(1, 9), (40, 9), (127, 30), (128, 128), (300, 150)])
@@ -200,146 +229,7 @@ def test_changing_a_document_changes_no_bit_of_another(dtype):
     assert not torch.equal(before[1], changed[1])
 
 
-class ListOfExamples(list):
-    """(tokens, is_answer) pairs as `pack` reads them; the first token is never an answer."""
-
-    def __init__(self, lengths: list[int], answered: float = 0.4):
-        rng = np.random.default_rng(0)
-        for n in lengths:
-            answer = rng.random(n) < answered
-            answer[0] = False
-            self.append((rng.integers(0, CONFIG.vocab_size, n).astype(np.int32), answer))
-        self.lengths = np.array(lengths)
-
-
-def loss_and_gradients(model: Llama, batch) -> list[torch.Tensor]:
-    model.zero_grad()
-    loss = model(batch.tokens, batch.documents.positions, batch.documents, batch.rows, batch.targets)
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
-
-
-def test_the_loss_and_gradients_of_a_pack_are_the_sums_of_those_of_its_examples():
-    """C22, C1: packing changes neither what is learnt nor how much each token counts."""
-    model, data = random_model(), ListOfExamples([7, 130, 1, 64, 20])
-    together = loss_and_gradients(model, pack(data, range(len(data))))
-    apart = [loss_and_gradients(model, pack(data, [i])) for i in range(len(data))]
-    for packed, *separate in zip(together, *apart, strict=True):
-        assert (packed - sum(separate)).abs().max() <= 1e-10
-
-
-@pytest.mark.parametrize("answered", [0.4, 1])
-def test_rounding_the_stream_up_leaves_loss_and_gradients_equal(answered, monkeypatch):
-    """C25 where there is no padding: the round-up is a document of its own without labels."""
-    model, data = random_model(), ListOfExamples([7, 130, 20], answered)
-    results, lengths = [], []
-    for multiple in (1, 8, 64):
-        monkeypatch.setattr(llama.data.batches, "ROUND_TO", multiple)
-        batch = pack(data, [2, 0, 1])
-        lengths.append(len(batch.tokens))
-        results.append(loss_and_gradients(model, batch))
-    assert lengths == [157, 160, 192]
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert (a - b).abs().max() <= 1e-12
-
-
 def test_positions_restart_at_each_document():
     documents = PackedDocuments([3, 1, 2])
     assert documents.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert documents.boundaries.tolist() == [0, 3, 4, 6] and documents.boundaries.dtype == torch.int32
-
-
-# Every template and chat layout, from its rows to the loss
-
-BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny" / "tokenizer.model"
-CONTROL = [mark for marks in MARKS.values() for mark in marks]  # a chat model's, which ours is without
-PIECES = 1280  # of the bundled tokenizer
-FORMS = [*TEMPLATES, *LAYOUTS]
-TEXTS = ["A llama in the snow.", "What is this film about?\n\nIts plot, I say!", "No.", "</s> [/INST] {text}",
-         "It was the best of films, it was the worst of films.", "naïve", "Why", "Because <|im_end|> it is so."]
-FIELDS = ("text", "instruction", "input", "context", "author", "sentence", "question", "output", "response", "quote",
-          "answer")
-
-
-def row_of(number: int) -> dict:
-    """A row that fits every template and layout, of texts that no row of another number has in the same place."""
-    texts = [f"{text} {number}" for text in TEXTS[number:] + TEXTS[:number]]
-    row = dict(zip(FIELDS, texts * 2, strict=False)) | {"label": number % 2, "corrections": [texts[1]]}
-    roles = ["system", *["user", "assistant"] * (1 + number % 3)]
-    return row | {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model").write_bytes(BUNDLED.read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({token: PIECES + i for i, token in enumerate(CONTROL)}))
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def large_model() -> Llama:
-    return random_model(config=replace(CONFIG, vocab_size=PIECES + len(CONTROL)))
-
-
-class EncodedRows(list):
-    """(tokens, is_answer) pairs of the rows of these numbers."""
-
-    def __init__(self, form: str, tokenizer, numbers: list[int]):
-        render = (TEMPLATES.get(form) or Chat(form)).render
-        for ids, is_answer, _ in encode_rows([render(row_of(n), "here")[0] for n in numbers], tokenizer, 400, "right"):
-            self.append((np.array(ids, np.int32), np.array(is_answer)))
-        self.lengths = np.array([len(ids) for ids, _ in self])
-
-
-def logits_by_document(model: Llama, batch: Batch) -> list[torch.Tensor]:
-    return list(model(batch.tokens, batch.documents.positions, batch.documents).split(batch.documents.lengths))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_of_every_template_and_layout_another_row_changes_nothing_for_its_neighbours(
-    form, dtype, chat_tokenizer, large_model
-):
-    """C22: bit for bit where the stream is as long, and as good as equal where the neighbours move along it."""
-    model = large_model if dtype == torch.float64 else random_model(config=large_model.config).to(dtype)
-    data, other = (EncodedRows(form, chat_tokenizer, numbers) for numbers in ([0, 1, 2, 3], [0, 5, 2, 3]))
-    before, moved = (logits_by_document(model, pack(rows, range(4))) for rows in (data, other))
-    assert not torch.equal(data_of(data, 1), data_of(other, 1))
-
-    ids, is_answer = data[1]
-    other[1] = (np.where(np.arange(len(ids)) % 3 == 1, (ids + 7) % PIECES, ids), is_answer)  # of the same length
-    changed = logits_by_document(model, pack(other, range(4)))
-    assert not torch.equal(before[1], changed[1])
-    for i in (0, 2, 3):
-        assert torch.equal(before[i], changed[i])
-        assert (before[i] - moved[i]).abs().max() <= (1e-12 if dtype == torch.float64 else 2e-5)
-    order = [2, 3, 1, 0]
-    for i, logits in zip(order, logits_by_document(model, pack(data, order)), strict=False):
-        assert (before[i] - logits).abs().max() <= (1e-12 if dtype == torch.float64 else 2e-5)
-
-
-def data_of(data: list, i: int) -> torch.Tensor:
-    return torch.from_numpy(data[i][0])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_of_every_template_and_layout_the_loss_of_a_pack_is_the_sum_of_its_rows(form, chat_tokenizer, large_model):
-    """C22, C23, C1: every label of every row counts once; alone, by PyTorch's own cross entropy on its own logits."""
-    model, data = large_model, EncodedRows(form, chat_tokenizer, [0, 1, 2, 3])
-    batch = pack(data, [3, 0, 2, 1])
-    together = loss_and_gradients(model, batch)
-    apart = [loss_and_gradients(model, pack(data, [i])) for i in range(4)]
-    for packed, *separate in zip(together, *apart, strict=True):
-        assert (packed - sum(separate)).abs().max() <= 1e-9
-
-    losses, labels = [], 0
-    for i, (_, is_answer) in enumerate(data):
-        ids = data_of(data, i).long()
-        targets = torch.where(torch.from_numpy(is_answer), ids, -100)[1:]
-        losses.append(F.cross_entropy(logits_of(model, ids)[0][:-1], targets, reduction="sum").detach())
-        labels += int((targets >= 0).sum())
-    assert len(batch.targets) == labels >= 4
-    assert (together[0] - sum(losses)).abs() <= 1e-9 * sum(losses)
