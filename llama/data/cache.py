@@ -1,88 +1,79 @@
-"""A folder of things that are made once per content: they appear whole or not at all, whoever else is at it."""
+"""A folder of results that are computed once for each content. A result is there as a whole or not at all."""
 
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llama.data.rows import DataError
-from llama.storage.atomic import sync
+from llama.boundary.durable import locked, sync
+from llama.boundary.errors import UserError, reason
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` has filled for this key, now or at an earlier time.
+    """The folder that `make` has filled for this key, now or earlier.
 
-    Processes that want the same one wait for whoever is at it (on a file lock, which the system drops when its holder
-    dies), never in a collective that could time out. Raises DataError when the disk refuses.
+    Processes that want the same folder wait for the one that fills it. They wait on a file lock, which the system
+    releases when its holder dies, and not in a collective, which could time out.
+
+    Raises UserError when the folder cannot be written.
     """
     folder = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not folder.exists():
-        with _locked(folder.with_suffix(".lock")) as alone:
+    if folder.exists():
+        return folder
+    try:
+        with locked(folder.with_suffix(".lock"), wait=True, create=True) as held:
             if not folder.exists():
-                _publish(folder, make, alone)
+                _publish(folder, make, held)
+    except OSError as error:
+        raise UserError(f"{folder}: {reason(error)}; free some space, or set LLAMA_CACHE to another folder") from None
     return folder
 
 
-def _publish(folder: Path, make: Callable[[Path], None], alone: bool) -> None:
-    ours = f".tmp-{platform.node()}-"  # a lock may hold on one machine only: leave what others may be at
-    for left_over in folder.parent.glob(f"{folder.name}{ours}*") if alone else []:  # of a process that died at it
-        shutil.rmtree(left_over, ignore_errors=True)
-    made = folder.with_suffix(f"{ours}{os.getpid()}")
+def _publish(folder: Path, make: Callable[[Path], None], held: bool) -> None:
+    """Fill a folder with a temporary name and then rename it. `held`: no other process of this machine does the same.
+    """
+    suffix = f".tmp-{platform.node()}-"
+    if held:
+        # What processes of this machine left when they died. Another machine may be writing now, because a lock on a
+        # network file system may not reach it: keep what has the name of another machine.
+        for left_over in folder.parent.glob(f"{folder.name}{suffix}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    unfinished = folder.with_suffix(f"{suffix}{os.getpid()}")
     try:
-        made.mkdir()
-        make(made)
-        for path in [*made.iterdir(), made]:  # on disk before it has its name: a power cut must not leave half of it
-            sync(path)
-        made.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # else another machine has published the same content
-            reason = error.strerror or error
-            raise DataError(f"{made}: {reason}; free some space, or set LLAMA_CACHE") from None
+        unfinished.mkdir()
+        make(unfinished)
+        for path in [*unfinished.iterdir(), unfinished]:
+            sync(path)  # before the rename: after a power cut, a folder with the final name must have all its content
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # if it exists, another machine has published the same content
+            raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def cache_folder() -> Path:
-    """$LLAMA_CACHE, else a folder of ours in the user's cache. Raises DataError when it cannot be made."""
-    base = os.environ.get("LLAMA_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llama-fine-tuning"
-    )
+    """$LLAMA_CACHE, else a folder of this project in the user's cache. Raises UserError when it cannot be made."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("LLAMA_CACHE") or os.path.join(caches, "llama-fine-tuning"))
     try:
-        os.makedirs(base, exist_ok=True)
-        if not os.access(base, os.W_OK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise DataError(f"{base}: {error.strerror}; set LLAMA_CACHE to a folder for encoded data") from None
-    return Path(base)
+        raise UserError(f"{folder}: {error.strerror}; set LLAMA_CACHE to a folder for encoded data") from None
+    return folder
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of the contents of files. Raises DataError for one that cannot be read."""
+    """A hash of the contents of files. Raises UserError for a file that cannot be read."""
     total = hashlib.sha256()
     for path in paths:
         try:
             with open(path, "rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+            raise UserError(f"{path}: {error.strerror}") from None
     return total.hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Wait until no other process of this machine is in this block; False where nothing can promise that."""
-    try:
-        file = open(path, "w")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; set LLAMA_CACHE to a folder for encoded data") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:  # some network file systems have no locks: then two may do the same work, safely
-            alone = False
-        yield alone

@@ -7,63 +7,72 @@ A row is {"messages": [{"role": "system" | "user" | "assistant", "content": text
     llama2     <s>[INST] <<SYS>>\\n...\\n<</SYS>>\\n\\nHello [/INST] Hi </s><s>[INST] ...  Llama 2 Chat
     prompter   <|system|> Be brief. </s> <|prompter|> Hello </s> <|assistant|> Hi </s> ...  plain text and the end token
 
-<|...|> are control tokens in the first two layouts and text in the last. Ids are built turn by turn, so no later turn
-can change an earlier one, and what a message says never becomes a control token.
+<|...|> are control tokens in the first two layouts and text in the last. Each part of a turn is encoded on its own, so
+a later turn changes no id of an earlier one, and the text of a message never becomes a control token.
 """
 
 from collections.abc import Callable, Iterator
 
-from llama.data.rows import DataError
-from llama.data.templates import END, Segment, check_text, described
+from llama.boundary.errors import UserError
+from llama.data.templates import END, Segment, Template, check_text, described
 from llama.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-Turn = tuple[str, str]  # role, content
+Turn = tuple[str, str]  # role and content
 
 
 class Chat:
-    """A chat layout, with the attributes and the `render` of a `templates.Template`."""
+    """A chat layout. It has the attributes and the `render` of a `templates.Template`."""
 
-    fields, columns, answers = {"messages"}, {"messages"}, ()
+    fields = {"messages"}
+    columns = {"messages"}
+    answers = ()
     expected = "{messages: list of {role: str, content: str}}"
 
     def __init__(self, name: str):
-        self.name = self.source = name
+        self.name = name
+        self.source = name
 
     def render(self, row: dict, where: str) -> tuple[list[Segment], int]:
-        """The segments of one conversation; its answers are free text (-1).
+        """The segments of one conversation, and -1, because its answers are free text.
 
-        Raises DataError, beginning with `where`, when the row is not a conversation that the layout can express.
+        Raises UserError, beginning with `where`, for a row that is no conversation or that the layout cannot express.
         """
-        turns = _turns(row, where, self.expected)
+        turns = _read_turns(row, where, self.expected)
         if self.name == "llama2":
-            said = [role for role, _ in turns if role != "system"]
-            if said != [ROLES[1 + i % 2] for i in range(len(said))]:
-                raise DataError(f"{where}: roles {', '.join(said[:8])}; expected user and assistant in turn")
+            roles = [role for role, _ in turns if role != "system"]
+            alternating = ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]
+            if roles != alternating:
+                raise UserError(f"{where}: roles {', '.join(roles[:8])}; expected user and assistant in turn")
         return list(LAYOUTS[self.name](turns)), -1
 
 
-def _turns(row: dict, where: str, expected: str) -> list[Turn]:
+Renderer = Template | Chat  # both turn a row into segments with `render`
+
+
+def _read_turns(row: dict, where: str, expected: str) -> list[Turn]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{where}: found fields {described(row)}, expected {expected}")
-    turns = []
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        here = f"{where}: messages[{number}]"
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{here}: found fields {described(message)}, expected {{role: str, content: str}}")
-        if role not in ROLES:
-            raise DataError(f"{here}: role is {role!r:.40}, expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-        if role == "system" and number:
-            raise DataError(f"{here}: role is 'system', expected only of the first message")
-        check_text(content, "content", here)
-        if not content.strip():
-            raise DataError(f"{here}: content is empty")
-        turns.append((role, content))
+        raise UserError(f"{where}: found fields {described(row)}, expected {expected}")
+    turns = [_read_turn(message, number, f"{where}: messages[{number}]") for number, message in enumerate(messages)]
     if "assistant" not in [role for role, _ in turns]:
-        raise DataError(f"{where}: no message of the assistant among {len(turns)}, so there is nothing to learn")
+        raise UserError(f"{where}: no message of the assistant among {len(turns)}, so there is nothing to learn")
     return turns
+
+
+def _read_turn(message: dict, number: int, where: str) -> Turn:
+    role = message.get("role")
+    content = message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(f"{where}: found fields {described(message)}, expected {{role: str, content: str}}")
+    if role not in ROLES:
+        raise UserError(f"{where}: role is {role!r:.40}, expected system, user or assistant")
+    if role == "system" and number > 0:
+        raise UserError(f"{where}: role is 'system', expected only of the first message")
+    check_text(content, "content", where)
+    if not content.strip():
+        raise UserError(f"{where}: content is empty")
+    return role, content
 
 
 def _chatml(turns: list[Turn]) -> Iterator[Segment]:
@@ -88,13 +97,13 @@ def _llama3(turns: list[Turn]) -> Iterator[Segment]:
 
 
 def _llama2(turns: list[Turn]) -> Iterator[Segment]:
-    """As in Meta's llama/generation.py: each exchange has its own BOS and end."""
+    """As in Meta's llama/generation.py: each question with its answer has its own BOS and end token."""
     system = ""
     for role, content in turns:
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
-            yield Segment(f"[INST] {(system + content).strip()} [/INST]", begins=True)
+            yield Segment(f"[INST] {(system + content).strip()} [/INST]", starts_text=True)
             system = ""
         else:
             yield Segment(f" {content.strip()} ", answer=True, may_cut=True)
@@ -106,17 +115,27 @@ def _prompter(turns: list[Turn]) -> Iterator[Segment]:
     names = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
     for number, (role, content) in enumerate(turns):
         answer = role == "assistant"
-        yield Segment(f"{' ' if number else ''}{names[role]}")
+        space = " " if number > 0 else ""
+        yield Segment(f"{space}{names[role]}")
         yield Segment(f" {content} ", answer, may_cut=answer)
         yield Segment(END, answer, control=True)
 
 
 LAYOUTS: dict[str, Callable[[list[Turn]], Iterator[Segment]]] = {
-    "chatml": _chatml, "llama3": _llama3, "llama2": _llama2, "prompter": _prompter,
+    "chatml": _chatml,
+    "llama3": _llama3,
+    "llama2": _llama2,
+    "prompter": _prompter,
 }
-MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"), "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+CONTROL_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
 
 
 def layout_of(tokenizer: Tokenizer) -> str:
-    """The layout for which a tokenizer has the control tokens; `llama2`, which needs none, where it has no such."""
-    return next((name for name, marks in MARKS.items() if all(map(tokenizer.has_control, marks))), "llama2")
+    """The layout whose control tokens the tokenizer has, or else `llama2`, which needs none."""
+    for name, tokens in CONTROL_TOKENS.items():
+        if all(tokenizer.has_control(token) for token in tokens):
+            return name
+    return "llama2"

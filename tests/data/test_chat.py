@@ -2,7 +2,6 @@
 """
 
 import base64
-import functools
 import json
 import random
 from itertools import groupby
@@ -11,15 +10,15 @@ from typing import NamedTuple
 
 import pytest
 import regex
+from samples import BUNDLED, REAL, bundled_with, loaded
 from sentencepiece import SentencePieceProcessor
 
-from llama.data.chat import LAYOUTS, MARKS, Chat, layout_of
+from llama.boundary.errors import UserError
+from llama.data.chat import CONTROL_TOKENS, LAYOUTS, Chat, layout_of
 from llama.data.encoding import Encoded, encode_rows
-from llama.data.rows import DataError
 from llama.data.templates import END
-from llama.data.tokenizer import Tokenizer, load_tokenizer
+from llama.data.tokenizer import Tokenizer
 
-BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 HOSTILE = ["<|im_end|>", "<|im_start|>", "\n<|im_start|>assistant\n", "<|eot_id|>", "<|start_header_id|>", "</s>",
            "<s>", "<|end_of_text|>", "<|endoftext|>", "[/INST]", "[INST]", " [INST] x [/INST] ", "<<SYS>>\n",
            "<</SYS>>", "<|prompter|>", "<|assistant|>", "{content}", "{{", "[[", "]]", "<unk>"]
@@ -65,25 +64,17 @@ class Pair(NamedTuple):
     tokenizer: Tokenizer
 
 
-REAL = {"llama2": "llama2-tokenizer", "smollm2": "smollm2-135m-instruct-q4", "llama3": "llama3-tokenizer"}
-loaded = functools.cache(load_tokenizer)  # seconds for a large one
-PAIRS = ["chatml bundled", "chatml smollm2", "llama3 bundled", "llama3 llama3", "llama2 bundled", "llama2 llama2",
-         "prompter bundled", "prompter llama2", "prompter smollm2", "prompter llama3"]
-
-
-def bundled_with(folder: Path, *control: str) -> Tokenizer:
-    """Ours with more control tokens, as a chat model's folder has them."""
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.model").write_bytes((BUNDLED / "tokenizer.model").read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({token: 1280 + i for i, token in enumerate(control)}))
-    return load_tokenizer(folder)
+PAIRS = ["chatml bundled", "llama3 bundled", "llama2 bundled", "prompter bundled"]
+REAL_PAIRS = ["chatml smollm2", "llama3 llama3", "llama2 llama2", "prompter llama2", "prompter smollm2",
+              "prompter llama3"]  # fmt: skip
+PAIRS += [pytest.param(name, marks=pytest.mark.slow) for name in REAL_PAIRS]
 
 
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Pair:
     layout, name = request.param.split()
     if name == "bundled":
-        return Pair(layout, bundled_with(tmp_path_factory.mktemp(layout), *MARKS.get(layout, ())))
+        return Pair(layout, bundled_with(tmp_path_factory.mktemp(layout), *CONTROL_TOKENS.get(layout, ())))
     return Pair(layout, loaded(request.getfixturevalue("assets") / REAL[name]))
 
 
@@ -107,10 +98,10 @@ def llama2_by_hand(codec: SentencePieceProcessor, talk: list[dict]) -> tuple[lis
     return ids, labels + [False] * (len(ids) - len(labels))
 
 
-@pytest.mark.parametrize("name", ["bundled", "llama2"])
+@pytest.mark.parametrize("name", ["bundled", pytest.param("llama2", marks=pytest.mark.slow)])
 def test_llama_2_conversations_are_as_metas_code_encodes_them(name, request):
     """C12, C14, C19: joint encoding of an exchange gives the ids that encoding prompt and answer apart gives here."""
-    folder = BUNDLED if name == "bundled" else request.getfixturevalue("assets") / REAL[name]
+    folder = BUNDLED.parent if name == "bundled" else request.getfixturevalue("assets") / REAL[name]
     codec = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     talks = conversations(400, "llama2")
     assert {len(talk) % 2 for talk in talks} == {0, 1} and {talk[0]["role"] for talk in talks} == {"system", "user"}
@@ -151,6 +142,7 @@ def llama3_encoder(file: Path):
     return encode
 
 
+@pytest.mark.slow
 def test_llama_3_conversations_are_as_metas_code_encodes_them(assets):
     """C14, C19, C20: control tokens by id, texts by tiktoken's own rule."""
     folder = assets / REAL["llama3"]
@@ -159,6 +151,7 @@ def test_llama_3_conversations_are_as_metas_code_encodes_them(assets):
         assert (found.ids, found.is_answer) == llama3_by_hand(encode, talk)
 
 
+@pytest.mark.slow
 def test_chatml_conversations_are_as_the_chat_template_of_smollm2_writes_them(assets):
     """C19: the text for any content; for plain content also the ids that transformers makes of the whole text."""
     transformers = pytest.importorskip("transformers")
@@ -194,7 +187,7 @@ def test_every_layout_writes_and_labels_a_conversation_word_for_word(layout):
     segments, answer = Chat(layout).render({"messages": TALK}, "here")
     text = ""
     for is_answer, group in groupby(segments, key=lambda s: s.answer):
-        written = "".join("<s>" * s.begins * bool(text) + (s.text if s.text != END else "</s>") for s in group)
+        written = "".join("<s>" * s.starts_text * bool(text) + (s.text if s.text != END else "</s>") for s in group)
         text += f"[[{written}]]" if is_answer else written
     assert text == GOLDEN[layout] and answer == -1
     assert all(s.may_cut == (s.answer and not s.control) for s in segments)
@@ -231,7 +224,7 @@ def test_the_labelled_spans_are_what_the_assistant_says_and_the_end_of_its_turn(
     talks = conversations(500, layout)
     for talk, example in zip(talks, encoded(layout, tokenizer, *talks), strict=True):
         spans = labelled_spans(example)
-        assert [tokenizer.decode(span[:-1], continues=True) for span in spans] == [
+        assert [tokenizer.decode(span[:-1], starts_text=False) for span in spans] == [
             said(layout, message["content"]) for message in talk if message["role"] == "assistant"]
         assert {span[-1] for span in spans} == {end_of_turn(layout, tokenizer)} and not example.was_cut
 
@@ -252,7 +245,7 @@ def control_tokens(layout: str, tokenizer: Tokenizer, talk: list[dict]) -> list[
     if layout == "llama2":
         tokens = {"system": [], "user": begin, "assistant": [end]}
         return sum((tokens[message["role"]] for message in talk), [])
-    marks = [tokenizer.control_id(mark) for mark in MARKS.get(layout, ())]
+    marks = [tokenizer.control_id(mark) for mark in CONTROL_TOKENS.get(layout, ())]
     return [*begin, *(marks or [end]) * len(talk)]
 
 
@@ -270,7 +263,7 @@ def test_what_is_not_labelled_decodes_to_the_other_sides_words(pair):
     """C18: nothing of a message is lost, whatever it says; control tokens leave no trace in a decoded text."""
     layout, tokenizer = pair
     for talk, example in zip(talks := conversations(200, layout), encoded(layout, tokenizer, *talks), strict=True):
-        spoken = tokenizer.decode(example.ids, continues=True)
+        spoken = tokenizer.decode(example.ids, starts_text=False)
         for message in talk:
             text = said(layout, message["content"]).strip() if layout != "llama2" else message["content"].strip()
             at = spoken.find(text)
@@ -299,7 +292,7 @@ def test_the_prompt_of_a_turn_is_what_it_was_trained_behind(pair):
         assert answered.is_answer.index(True) == len(asked.ids) and not any(asked.is_answer)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["right", pytest.param("left", marks=pytest.mark.slow)])
 def test_a_conversation_that_is_too_long_keeps_its_beginning_up_to_the_last_label(pair, side):
     """C16, C17: nothing is taken from the middle, whatever the side; no end of turn behind an answer that was cut;
     nothing behind the last label; None where there is none."""
@@ -329,6 +322,7 @@ def test_a_conversation_that_is_too_long_keeps_its_beginning_up_to_the_last_labe
 # Which layout
 
 
+@pytest.mark.slow
 def test_the_layout_is_the_one_that_a_tokenizer_has_the_control_tokens_for(assets):
     found = {name: layout_of(loaded(assets / folder)) for name, folder in REAL.items()}
     assert found == {"llama2": "llama2", "smollm2": "chatml", "llama3": "llama3"}
@@ -389,7 +383,7 @@ MALFORMED = {
 def test_a_row_that_is_no_conversation_is_told_in_one_line_that_begins_with_its_place(case, layout):
     """R15: in every layout the same; the message by its number, what was found and what was expected."""
     row, expected = MALFORMED[case]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Chat(layout).render(row, "data.jsonl:7")
     told = str(error.value)
     assert told.startswith("data.jsonl:7: ") and expected in told, told
@@ -401,7 +395,7 @@ def test_a_row_that_is_no_conversation_is_told_in_one_line_that_begins_with_its_
 def test_roles_that_llama_2s_layout_cannot_express_are_refused_and_others_take_them(roles):
     """R15: its users and assistants take turns, and the user begins."""
     row = {"messages": [{"role": role, "content": "x"} for role in roles.split()]}
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Chat("llama2").render(row, "data.jsonl:7")
     told = str(error.value)
     assert told.startswith("data.jsonl:7: roles ") and told.endswith("expected user and assistant in turn")
@@ -412,6 +406,6 @@ def test_roles_that_llama_2s_layout_cannot_express_are_refused_and_others_take_t
 
 def test_hundreds_of_wrong_turns_are_told_shortly():
     """R15: the first few roles only."""
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Chat("llama2").render({"messages": [USER] * 500 + [ASSISTANT]}, "data.jsonl:7")
     assert len(str(error.value)) < 200

@@ -1,4 +1,4 @@
-"""Data sets by name: where their files are, which template is theirs, what is held out, what data.py shows of them."""
+"""data.py: what is held out, which template a data set gets, and what the command shows."""
 
 import json
 import random
@@ -12,18 +12,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from samples import bundled_with, loaded, write_rows
 
 import data
-from data import HELD_OUT, NAMED, DataSettings, Source, find_template, hold_out, load, resolve
+import llama.data.sources
+from data import find_template, hold_out, load_data
 from llama.boundary.errors import UserError
 from llama.data.chat import Chat
-from llama.data.encoding import BadRows, encode_file
-from llama.data.rows import DataError
+from llama.data.examples import BadRows, encode_file
+from llama.data.sources import ASSETS, HELD_OUT, PUBLIC_DATASETS, DataSettings, Source
 from llama.data.templates import TEMPLATES
-from llama.data.tokenizer import Tokenizer, load_tokenizer
-
-ROOT = Path(data.__file__).parent
-TINY = ROOT / "assets" / "tiny"
+from llama.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(data, "download_dataset", unreachable)
+    monkeypatch.setattr(llama.data.sources, "download_dataset", unreachable)
 
 
 def unreachable(*_):
@@ -43,13 +42,7 @@ def unreachable(*_):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(TINY)
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return loaded(ASSETS / "tiny")
 
 
 def reviews(count: int, seed: int = 0) -> list[dict]:
@@ -66,96 +59,6 @@ def questions(count: int) -> list[dict]:
 
 def texts_of(encoded, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(encoded[i][0]) for i in range(len(encoded))]
-
-
-# Where the files are
-
-
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("files, found", [
-    (["train.jsonl", "test.parquet", "other.jsonl"], {"train": "train.jsonl", "test": "test.parquet"}),
-    (["train.jsonl.gz", "validation.jsonl", "notes.txt"], {"train": "train.jsonl.gz", "test": "validation.jsonl"}),
-    (["train.parquet", "validation.jsonl", "test.jsonl"], {"train": "train.parquet", "test": "test.jsonl"}),
-    (["validation.jsonl", "test.jsonl"], {"train": "validation.jsonl", "test": "test.jsonl"}),
-    (["validation.parquet"], {"train": "validation.parquet"}),
-    (["train.jsonl"], {"train": "train.jsonl"}),
-    (["test.jsonl"], {"test": "test.jsonl"}),
-    (["databricks-dolly-15k.parquet", "README.md"], {"train": "databricks-dolly-15k.parquet"}),
-], ids=lambda value: " ".join(value))  # fmt: skip
-def test_a_named_set_is_found_in_a_folder_and_so_is_a_folder_without_a_name(tmp_path, name, files, found):
-    """The file of each part; where validation stands in, for the one that is missing; else the only file."""
-    for file in files:
-        (tmp_path / file).write_text("")
-    expected = {split: tmp_path / file for split, file in found.items()}
-    assert resolve(name, str(tmp_path)) == Source(name, expected)
-    assert resolve(f"{name}:open_qa", str(tmp_path)) == Source(name, expected, "open_qa")
-    assert resolve(str(tmp_path), None) == Source(str(tmp_path), expected)
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_named_set_may_be_a_single_file_and_so_may_a_path(tmp_path, name):
-    """R17: the file itself as --data_dir, or as --data."""
-    path = write_rows(tmp_path / "rows.jsonl", [])
-    assert resolve(name, str(path)) == Source(name, {"train": path})
-    assert resolve(str(path), None) == Source(str(path), {"train": path})
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_named_set_is_had_from_the_hub_under_its_own_address(tmp_path, monkeypatch, name):
-    """Repository, configuration and parts of each as the hub has them."""
-    asked = []
-
-    def download(*address):
-        asked.append(address)
-        return {split: tmp_path / split for split in address[2]}
-
-    monkeypatch.setattr(data, "download_dataset", download)
-    source = resolve(f"{name}:c", None)
-    assert source == Source(name, {split: tmp_path / split for split in NAMED[name].splits}, "c")
-    assert {"train"} <= set(source.files) <= {"train", "test"}
-    assert asked == [tuple(NAMED[name])] and re.fullmatch(r"[\w-]+/[\w.-]+", asked[0][0])
-    with pytest.raises(DataError, match="no category after the colon"):
-        resolve(f"{name}:", None)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMED if name != "imdb"])
-def test_where_the_hub_is_out_of_reach_one_line_says_what_to_do(name):
-    """R17: the reason, and the flag that helps."""
-    with pytest.raises(DataError) as error:
-        resolve(name, None)
-    (told,) = error.value.lines
-    assert told.startswith(f"--data {name}: the hub, where it is ORG/NAME, cannot be reached; give --data_dir")
-
-
-def test_imdb_falls_back_to_the_bundled_sample_and_the_source_says_so(tmp_path, monkeypatch):
-    """Where the hub is out of reach or is not to be asked; also where the sample is named as a folder."""
-    sources = [resolve("imdb", None)]
-    monkeypatch.setattr(data, "download_dataset", lambda *_: pytest.fail("asked the hub"))
-    sources += [resolve("imdb", None, use_hub=False), resolve("imdb", str(ROOT / "assets" / "imdb_sample"))]
-    for source in sources:
-        assert source.bundled_sample and source.name == "imdb" and set(source.files) == {"train", "test"}
-        assert all(path.is_relative_to(ROOT / "assets") and path.is_file() for path in source.files.values())
-    with pytest.raises(DataError, match="--data alpaca: .*give --data_dir"):
-        resolve("alpaca", None, use_hub=False)
-
-
-def test_what_cannot_be_found_is_named(tmp_path):
-    """R15, R17: no such folder, nothing in it, too much in it, a folder for what is no named set."""
-    for name in ("two/train.jsonl", "two/train.parquet", "many/a.jsonl", "many/b.parquet", "none/notes.txt", "a.jsonl"):
-        write_rows(tmp_path / name, [])
-    for call, expected in (
-        (lambda: resolve("imbd", None), r"^--data imbd: no such file or folder, nor one of the named .*imdb"),
-        (lambda: resolve("nowhere.jsonl", None), r"^--data nowhere.jsonl: no such file"),
-        (lambda: resolve("imdb", str(tmp_path / "nowhere")), "nowhere: no such folder$"),
-        (lambda: resolve("dolly", str(tmp_path / "none")), "none: no train or test file, expected train.parquet or "),
-        (lambda: resolve(str(tmp_path / "none"), None), "none: no train or test file"),
-        (lambda: resolve(str(tmp_path / "many"), None), "many: no train or test file, .*, found 2 others$"),
-        (lambda: resolve(str(tmp_path / "two"), None), "two: both train.* and train.*; expected one train file$"),
-        (lambda: resolve(str(tmp_path / "a.jsonl"), str(tmp_path)), r"^--data_dir .*: only for a named data set \("),
-    ):
-        with pytest.raises(DataError, match=expected) as error:
-            call()
-        assert len(error.value.lines) == 1
 
 
 # What is held out
@@ -188,34 +91,34 @@ def test_nothing_is_held_out_of_a_single_example_or_without_a_fraction(examples,
     assert train.tolist() == list(range(examples)) and len(test) == 0
 
 
-def loaded(tokenizer: Tokenizer, splits=("train", "test"), **flags) -> data.DataSet:
-    return load(DataSettings(**flags), tokenizer, splits=splits)
+def load(tokenizer: Tokenizer, splits=("train", "test"), **flags) -> data.DataSet:
+    return load_data(DataSettings(**flags), tokenizer, splits=splits)
 
 
 def test_a_folder_with_both_files_is_loaded_as_it_is(tmp_path, tokenizer):
     """Nothing is held out of the train file; of two parts only those asked for are encoded."""
     for split, seed in (("train", 0), ("test", 1)):
         write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30 - 10 * seed, seed))
-    both = loaded(tokenizer, data=str(tmp_path / "set"))
+    both = load(tokenizer, data=str(tmp_path / "set"))
     assert (len(both.train), len(both.test), both.held_out) == (30, 20, None) and both.template is TEMPLATES["imdb"]
     assert set(texts_of(both.train, tokenizer)).isdisjoint(texts_of(both.test, tokenizer))
-    only = loaded(tokenizer, splits=("test",), data=str(tmp_path / "set"), test_fraction=0.0)
+    only = load(tokenizer, splits=("test",), data=str(tmp_path / "set"), test_fraction=0.0)
     assert only.train is None and only.test.fingerprint == both.test.fingerprint
 
 
 def test_without_a_test_file_part_of_the_rows_is_held_out_and_it_is_told_how(tmp_path, tokenizer):
     """C51, R7: the same rows whenever asked, one in twenty or as many as wished, and all rows exactly once."""
     path = write_rows(tmp_path / "rows.jsonl", reviews(60))
-    everything = texts_of(encode_file(path, TEMPLATES["imdb"], tokenizer, 512, quiet=True), tokenizer)
+    everything = texts_of(encode_file(path, TEMPLATES["imdb"], tokenizer, 512), tokenizer)
     for flags, fraction, count in (({}, HELD_OUT, 3), ({"test_fraction": 0.25}, 0.25, 15)):
-        first, second = (loaded(tokenizer, data=str(path), **flags) for _ in range(2))
+        first, second = (load(tokenizer, data=str(path), **flags) for _ in range(2))
         assert first.held_out == {"fraction": fraction, "seed": 0, "examples": count}
         assert (len(first.train), len(first.test)) == (60 - count, count)
         rows = first.train.rows.tolist() + first.test.rows.tolist()
         texts = texts_of(first.train, tokenizer) + texts_of(first.test, tokenizer)
         assert [everything[row - 1] for row in rows] == texts and sorted(rows) == list(range(1, 61))
         assert second.train.fingerprint == first.train.fingerprint != first.test.fingerprint == second.test.fingerprint
-    whole = loaded(tokenizer, data=str(path), test_fraction=0.0)
+    whole = load(tokenizer, data=str(path), test_fraction=0.0)
     assert (len(whole.train), whole.test, whole.held_out) == (60, None, None)
 
 
@@ -223,8 +126,8 @@ def test_a_test_fraction_is_refused_where_there_is_a_test_file(tmp_path, tokeniz
     """R7: or the train file's rows would be tested on, beside a file made for that."""
     for split in ("train", "test"):
         write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30))
-    with pytest.raises(DataError, match=r"^--test_fraction 0.1: .*without a test file, found .*test.jsonl$"):
-        loaded(tokenizer, data=str(tmp_path / "set"), test_fraction=0.1)
+    with pytest.raises(UserError, match=r"^--test_fraction 0.1: .*without a test file, found .*test.jsonl$"):
+        load(tokenizer, data=str(tmp_path / "set"), test_fraction=0.1)
 
 
 def test_settings_of_the_data_reach_the_encoder(tmp_path, tokenizer):
@@ -232,11 +135,11 @@ def test_settings_of_the_data_reach_the_encoder(tmp_path, tokenizer):
     rows = [row | {"category": "ab"[i % 2]} for i, row in enumerate(reviews(40))]
     path = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "", "label": 1, "category": "a"}])
     with pytest.raises(BadRows):
-        loaded(tokenizer, data="imdb:a", data_dir=str(path))
-    found = loaded(tokenizer, data="imdb:a", data_dir=str(path), max_length=90, truncate_side="left", test_fraction=0.0,
+        load(tokenizer, data="imdb:a", data_dir=str(path))
+    found = load(tokenizer, data="imdb:a", data_dir=str(path), max_length=90, truncate_side="left", test_fraction=0.0,
                    skip_bad_rows=True).train
-    expected = encode_file(path, TEMPLATES["imdb"], tokenizer, 90, "left", "a", True, quiet=True)
-    assert len(found) == 20 and found.bad_rows == 1 and found.fingerprint == expected.fingerprint
+    expected = encode_file(path, TEMPLATES["imdb"], tokenizer, 90, "left", "a", True)
+    assert len(found) == 20 and found.bad_row_count == 1 and found.fingerprint == expected.fingerprint
     assert found.rows.tolist() == list(range(1, 41, 2)) and found.was_cut.any() and found.lengths.max() <= 90
 
 
@@ -254,7 +157,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", PUBLIC_DATASETS)
 def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, tokenizer, name):
     """Also from compressed rows and Parquet, and where the first lines are bad."""
     rows = [ROWS[name]] * 3
@@ -266,7 +169,7 @@ def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, token
         assert found is TEMPLATES[name] if name != "chat" else found.name == "llama2"
     named = find_template(None, Source(name, {"train": tmp_path / "nobody looks here"}), tokenizer)
     assert named.name == found.name
-    encoded = encode_file(tmp_path / "rows.parquet", found, tokenizer, 512, quiet=True)
+    encoded = encode_file(tmp_path / "rows.parquet", found, tokenizer, 512)
     assert len(encoded) == 3 and encoded.label_counts.min() > 0
 
 
@@ -280,7 +183,7 @@ def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, token
 def test_fields_that_fit_no_template_or_more_than_one_are_named(tmp_path, tokenizer, row, told):
     """R15: with the flag that decides and what it may be, in one line."""
     path = write_rows(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         find_template(None, Source("mine", {"test": path}), tokenizer)
     (line,) = error.value.lines
     assert line.startswith(f"{path}: the fields {{") and told in line and "--template, imdb, " in line
@@ -296,8 +199,8 @@ def test_a_file_without_any_row_has_no_template_to_guess(tmp_path, tokenizer):
                           (lines.encode("utf-16"), "rows.jsonl:1: byte 0 is not UTF-8")):
         path.write_bytes(content)
         for template in ("imdb", None):
-            with pytest.raises(DataError, match=told):
-                loaded(tokenizer, data=str(path), template=template)
+            with pytest.raises(UserError, match=told):
+                load(tokenizer, data=str(path), template=template)
 
 
 def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokenizer):
@@ -314,12 +217,13 @@ def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokeniz
         assert found.answers == ("no", "yes") and found.source.startswith("Té: {")
 
 
+@pytest.mark.slow
 def test_the_layout_of_a_chat_is_that_of_the_tokenizer(assets):
     """C19: chatml, where it has those control tokens."""
     source = Source("chat", {"train": Path("rows.jsonl")})
     names = {"smollm2-135m-instruct-q4": "chatml", "llama3-tokenizer": "llama3", "llama2-tokenizer": "llama2"}
     for folder, layout in names.items():
-        assert find_template(None, source, load_tokenizer(assets / folder)).name == layout
+        assert find_template(None, source, loaded(assets / folder)).name == layout
 
 
 @pytest.mark.parametrize("content, told", [
@@ -334,7 +238,7 @@ def test_a_template_file_that_cannot_be_used_is_an_error_of_one_line(tmp_path, t
     monkeypatch.chdir(tmp_path)
     if content is not None:
         Path("my.txt").write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         find_template("my.txt", Source("imdb", {}), tokenizer)
     (line,) = error.value.lines
     assert line.startswith("--template my.txt") and told in line
@@ -352,6 +256,12 @@ def test_a_run_is_called_after_its_data(tmp_path, monkeypatch, given, name):
 
 
 # What the command shows
+
+
+@pytest.fixture
+def no_charts(monkeypatch) -> None:
+    """Charts take half a second each: for tests that do not look at them."""
+    monkeypatch.setattr(data, "draw", lambda *_: None)
 
 
 def command(monkeypatch, capsys, *arguments, terminal: bool = False) -> tuple[int, str, str]:
@@ -381,7 +291,7 @@ def percentile(values: list[int], q: float) -> float:
 def test_statistics_are_those_of_the_lengths_by_definition(tmp_path, tokenizer):
     """Mean, median, 95th percentile and greatest, from the standard library and by hand."""
     path = write_rows(tmp_path / "rows.jsonl", reviews(43))
-    encoded, whole = (encode_file(path, TEMPLATES["imdb"], tokenizer, n, quiet=True) for n in (LENGTH, 1000))
+    encoded, whole = (encode_file(path, TEMPLATES["imdb"], tokenizer, n) for n in (LENGTH, 1000))
     lengths = [len(encoded[i][0]) for i in range(43)]
     told = data.statistics(encoded)
     assert told.pop("truncated") == sum(len(whole[i][0]) > LENGTH for i in range(43)) > 0
@@ -404,7 +314,7 @@ def test_the_command_prints_the_counts_the_lengths_and_the_balance_of_labels(tmp
     assert lines[1].split() == ["examples", "tokens", "labels", "mean", "p50", "p95", "max", "cut"]
     for split, start in (("train", 2), ("test", 5)):
         path = tmp_path / "set" / f"{split}.jsonl"
-        encoded = encode_file(path, TEMPLATES["imdb"], tokenizer, LENGTH, quiet=True)
+        encoded = encode_file(path, TEMPLATES["imdb"], tokenizer, LENGTH)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         lengths, positive = encoded.lengths.tolist(), sum(row["label"] for row in rows)
         assert lines[start].split() == [
@@ -437,6 +347,7 @@ def test_the_plain_command_shows_the_bundled_sample_and_says_what_it_is(monkeypa
     charts_are_whole(Path("runs/imdb-shown"))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_labels_stand_in_brackets_and_control_tokens_are_spelled_out(tmp_path, monkeypatch, capsys):
     """C12, C14, C15: exactly what was trained on, in the order of the file, each with its row and its counts."""
     rows = [{"instruction": "Say it.", "input": "", "output": "It: [[x]]."},
@@ -454,6 +365,7 @@ def test_labels_stand_in_brackets_and_control_tokens_are_spelled_out(tmp_path, m
         assert f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n[[{row['output']}</s>]]\n" in text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_labels_are_coloured_on_a_terminal_unless_no_colour_is_wanted(tmp_path, monkeypatch, capsys):
     """https://no-color.org: and what is printed is else the same."""
     path = write_rows(tmp_path / "rows.jsonl", reviews(3))
@@ -466,6 +378,7 @@ def test_labels_are_coloured_on_a_terminal_unless_no_colour_is_wanted(tmp_path, 
     assert command(monkeypatch, capsys, *flags, terminal=True)[1] == plain
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_rows_say_never_steers_the_terminal(tmp_path, monkeypatch, capsys, terminal):
     """R16: escape sequences, carriage returns, and characters that turn the direction of text, are spelled out."""
@@ -477,13 +390,14 @@ def test_what_rows_say_never_steers_the_terminal(tmp_path, monkeypatch, capsys, 
     assert all(c.isprintable() or c == "\n" for c in left)
 
 
-def test_conversations_are_shown_with_the_control_tokens_of_their_layout(tmp_path, assets, monkeypatch, capsys):
+@pytest.mark.usefixtures("no_charts")
+def test_conversations_are_shown_with_the_control_tokens_of_their_layout(tmp_path, monkeypatch, capsys):
     """C15, C19: the end of a turn is learned, the names of roles are not."""
     path = write_rows(tmp_path / "rows.jsonl", [ROWS["chat"]])
-    status, out, err = command(monkeypatch, capsys, "--data", path, "--model", assets / "smollm2-135m-instruct-q4",
-                               "--show", 1)  # fmt: skip
+    bundled_with(tmp_path / "chat", "<|im_start|>", "<|im_end|>")
+    status, out, err = command(monkeypatch, capsys, "--data", path, "--model", tmp_path / "chat", "--show", 1)
     assert status == 0 and "template: chatml\n" in out, err
-    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]"
+    expected = "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]"
     assert out.split("labels\n")[-1].startswith(expected)
 
 
@@ -498,6 +412,7 @@ def test_a_held_out_part_is_told_and_free_answers_are_drawn_by_length(tmp_path, 
     charts_are_whole(tmp_path / "a/b")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_rows_that_were_left_out_are_told_once(tmp_path, monkeypatch, capsys):
     """R15: how many, and the first five of them, though both parts come from the same file."""
     rows = [row | ({"text": " "} if i % 4 == 1 else {}) for i, row in enumerate(reviews(40))]

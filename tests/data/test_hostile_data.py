@@ -1,6 +1,6 @@
 """Whatever a file holds, it is encoded or refused in words: no traceback, no hang, no row that silently disappears.
 
-HOSTILE_EXAMPLES=25000 pytest tests/test_hostile_data.py runs the long form.
+HOSTILE_EXAMPLES=25000 pytest tests/data/test_hostile_data.py runs the long form.
 """
 
 import gzip
@@ -16,19 +16,19 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import ROOT, loaded
 
-import data
+from llama.boundary.errors import UserError
 from llama.data import cache
 from llama.data.chat import LAYOUTS, Chat
-from llama.data.encoding import SHOWN, BadRows, encode_file
-from llama.data.rows import DataError, read
+from llama.data.examples import SHOWN, BadRows, encode_file
+from llama.data.rows import read
 from llama.data.templates import TEMPLATES, Template
-from llama.data.tokenizer import load_tokenizer
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 120))
 hostile = settings(derandomize=EXAMPLES < 1000, database=None, max_examples=EXAMPLES, deadline=None,
                    suppress_health_check=list(HealthCheck))  # fmt: skip
-TOKENIZER = load_tokenizer(Path(data.__file__).parent / "assets" / "tiny")
+TOKENIZER = loaded(ROOT / "assets" / "tiny")
 RENDERERS = [*TEMPLATES.values(), *(Chat(name) for name in ("llama2", "prompter"))]
 
 texts = st.one_of(
@@ -66,14 +66,14 @@ def folder():
     with tempfile.TemporaryDirectory(dir=where) as path, pytest.MonkeyPatch.context() as patched:
         patched.setenv("LLAMA_CACHE", f"{path}/cache")
         real, known = cache.digest, {}  # the code does not change meanwhile: hash it once
-        patched.setattr("llama.data.encoding.digest",
+        patched.setattr("llama.data.examples.digest",
                         lambda paths: known.setdefault("code", real(paths[1:])) + real(paths[:1]))
         yield Path(path)
 
 
 def encode(path: Path, renderer, skip: bool, max_length: int = 120):
     try:
-        return encode_file(path, renderer, TOKENIZER, max_length, skip_bad_rows=skip, quiet=True)
+        return encode_file(path, renderer, TOKENIZER, max_length, skip_bad_rows=skip)
     finally:
         shutil.rmtree(cache.cache_folder())
 
@@ -82,13 +82,13 @@ def check(path: Path, count: int, renderer) -> None:
     """Every one of `count` lines is an example or a counted bad row, whether bad rows stop the run or not."""
     try:
         encoded = encode(path, renderer, skip=True)
-        good, bad = len(encoded), encoded.bad_rows
-        assert good > 0 and good + bad == count and len(encoded.bad) == min(bad, SHOWN)
+        good, bad = len(encoded), encoded.bad_row_count
+        assert good > 0 and good + bad == count and len(encoded.first_bad_rows) == min(bad, SHOWN)
         assert len(set(encoded.rows.tolist())) == good and 1 <= encoded.rows.min() <= encoded.rows.max() <= count
         assert (encoded.label_counts > 0).all() and encoded.lengths.max() <= 120
-        told = encoded.bad
+        told = encoded.first_bad_rows
         encoded[0]
-    except DataError as error:  # not one row is good
+    except UserError as error:  # not one row is good
         assert "no rows" in str(error) or "none of" in str(error), error
         assert ("no rows" in str(error)) == (count == 0)
         good, bad, told = 0, count, None
@@ -100,7 +100,7 @@ def check(path: Path, count: int, renderer) -> None:
         assert told is None or error.lines[:-1] == told
         assert all(line.startswith(f"{path}:") and len(line) < 2000 for line in error.lines)
         assert not any(character in line for line in error.lines for character in "\n\r")
-    except DataError:
+    except UserError:
         assert count == 0
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_gzip_is_refused_as_a_whole_or_read_as_a_whole(folder, content
     try:
         unpacked = gzip.decompress(path.read_bytes())
     except Exception:
-        with pytest.raises(DataError, match="cannot be read as gzip after row|no rows"):
+        with pytest.raises(UserError, match="cannot be read as gzip after row|no rows"):
             list(read(path))
             encode(path, renderer, skip=True)
         return
@@ -171,7 +171,7 @@ def test_a_damaged_parquet_file_is_encoded_or_refused_in_words(folder, whole, cu
     try:
         encoded = encode(path, renderer, skip=True)
         assert len(encoded) and (encoded.label_counts > 0).all()
-    except DataError as error:
+    except UserError as error:
         assert str(error).startswith(str(path)) and "\n" not in "".join(error.lines)
 
 
@@ -183,7 +183,7 @@ def test_any_row_is_rendered_or_refused_in_one_line(row, renderer):
         return
     try:
         segments, answer = renderer.render(row, "rows.jsonl:3")
-    except DataError as error:
+    except UserError as error:
         assert str(error).startswith("rows.jsonl:3") and len(error.lines) == 1 and len(str(error)) < 2000
         return
     assert any(segment.answer for segment in segments) and -1 <= answer < max(1, len(renderer.answers))
@@ -199,11 +199,11 @@ def test_any_template_file_is_understood_or_refused_in_one_line(source, row):
     """R15, R16: and one that is understood renders or refuses any row."""
     try:
         template = Template("my.txt", source)
-    except DataError as error:
+    except UserError as error:
         assert str(error).startswith("--template my.txt") and len(error.lines) == 1
         return
     if isinstance(row, dict):
         try:
             template.render(row | {"a": "A", "b": "B", "c": ["C"], "d": 1}, "here")
-        except DataError as error:
+        except UserError as error:
             assert str(error).startswith("here")

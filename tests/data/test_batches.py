@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from samples import loaded
 
-from llama.data.batches import GROUPED_STEPS, ROUND_TO, Schedule, deal, fill, pack
+from llama.data.batches import GROUPED_STEPS, ROUND_TO, Schedule, deal, fill_packs, pack
 from llama.data.encoding import Encoded, encode_rows
 from llama.data.templates import TEMPLATES
-from llama.data.tokenizer import load_tokenizer
 
 thorough = settings(derandomize=True, database=None, max_examples=150, deadline=None)
 sizes = st.integers(1, 60)
@@ -227,13 +227,13 @@ def test_every_example_is_in_exactly_one_pack_and_no_pack_is_over_its_capacity(l
     """C23: nor is one empty, nor would two fit into one."""
     lengths = np.array(lengths)
     capacity = int(lengths.max()) + spare
-    packs = fill(lengths, capacity, seed)
+    packs = fill_packs(lengths, capacity, seed)
     assert sorted(i for part in packs for i in part) == list(range(len(lengths)))
     assert all(type(i) is int for part in packs for i in part)
     totals = sorted(int(lengths[part].sum()) for part in packs)
     assert 0 < totals[0] and totals[-1] <= capacity
     assert len(totals) == 1 or totals[0] + totals[1] > capacity
-    assert fill(lengths, capacity, seed) == packs
+    assert fill_packs(lengths, capacity, seed) == packs
 
 
 @settings(derandomize=True, database=None, max_examples=150, deadline=None)
@@ -243,14 +243,14 @@ def test_every_example_is_in_exactly_one_pack_and_no_pack_is_over_its_capacity(l
 def test_the_packs_are_nearly_as_few_as_can_be(lengths, capacity):
     """Best fit decreasing needs at most 11/9 of the fewest and 6/9 more (Dosa 2007, for first fit; Johnson 1973)."""
     best = fewest_packs(lengths, capacity)
-    found = len(fill(np.array(lengths), capacity, 0))
+    found = len(fill_packs(np.array(lengths), capacity, 0))
     assert best <= found <= 11 / 9 * best + 6 / 9
     assert found <= best + 1
 
 
 def test_examples_go_where_they_leave_the_least_room():
     """By hand: 60 and 55 open a pack each, 41 fits beside the 55 only, and 3 fits best there though both have room."""
-    packs = fill(np.array([3, 41, 60, 55]), 100, 0)
+    packs = fill_packs(np.array([3, 41, 60, 55]), 100, 0)
     assert sorted(map(sorted, packs)) == [[0, 1, 3], [2]]
 
 
@@ -266,7 +266,7 @@ def test_steps_of_packs_have_all_their_parts_and_none_is_over_batch_tokens(examp
     assert all(lengths[part].sum() <= batch_tokens for step in steps for part in step)
     assert all(part for step in steps[:-1] for part in step) and any(steps[-1])
     drawn = [part for step in steps for part in step if part]
-    packs = fill(lengths, batch_tokens, seed)
+    packs = fill_packs(lengths, batch_tokens, seed)
     assert len(drawn) == max(1, round(epochs * len(packs)))
     for epoch in range(int(epochs)):
         those = drawn[epoch * len(packs) : (epoch + 1) * len(packs)]
@@ -308,9 +308,10 @@ def alpaca(assets) -> ListOfExamples:
     rows = [json.loads(line) for line in (assets / "alpaca" / "alpaca_first5000.jsonl").read_text().splitlines()]
     segments = [TEMPLATES["alpaca"].render(row, "")[0] for row in rows if row["output"].strip()]
     assert len(segments) > 4900
-    return listed(encode_rows(segments, load_tokenizer(assets / "llama2-tokenizer"), 2048, "right"))
+    return listed(encode_rows(segments, loaded(assets / "llama2-tokenizer"), 2048, "right"))
 
 
+@pytest.mark.slow
 def test_on_alpaca_packs_waste_less_than_3_percent_and_lose_no_label(alpaca):
     """C23: the labels of a whole epoch of packed streams are those of the file, the last pack included."""
     schedule = Schedule(alpaca.lengths, 1, 4, 1, 2048)
@@ -324,6 +325,7 @@ def test_on_alpaca_packs_waste_less_than_3_percent_and_lose_no_label(alpaca):
     assert labels == alpaca.label_counts.sum() and tokens == alpaca.lengths.sum()
 
 
+@pytest.mark.slow
 def test_on_alpaca_lengths_within_a_grouped_step_differ_a_tenth_as_much(alpaca):
     """C26: what grouping is for, on real lengths."""
     schedules = (Schedule(alpaca.lengths, 2, 4, 4, group_by_length=grouping) for grouping in (True, False))
@@ -401,6 +403,7 @@ def test_the_imbalance_is_the_mean_over_the_steps_of_each_ones(ranks, parts, opt
     assert schedule.imbalance(ranks, steps=1000) == pytest.approx(np.mean(found)) and np.mean(found) > 0
 
 
+@pytest.mark.slow
 def test_on_imdb_four_ranks_have_equal_work_within_2_percent(assets):
     """1,000 reviews of each label with Llama 2's tokenizer, cut at 512 tokens as the recipe does."""
     from pyarrow.parquet import ParquetFile
@@ -408,7 +411,7 @@ def test_on_imdb_four_ranks_have_equal_work_within_2_percent(assets):
     file, template = ParquetFile(assets / "imdb" / "train.parquet"), TEMPLATES["imdb"]
     rows = [row for group in (0, file.num_row_groups - 1) for row in file.read_row_group(group).to_pylist()[:1000]]
     segments = [template.render(row, "")[0] for row in rows]
-    encoded = encode_rows(segments, load_tokenizer(assets / "llama2-tokenizer"), 512, "right")
+    encoded = encode_rows(segments, loaded(assets / "llama2-tokenizer"), 512, "right")
     lengths = np.array([len(ids) for ids, _, _ in encoded])
     assert lengths.max() == 512 and lengths.min() < 200
     schedule = Schedule(lengths, 1, 4, 16)
