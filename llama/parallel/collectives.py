@@ -1,53 +1,93 @@
-"""Ranks that fail together, so that nobody waits for one that is gone, and see what another has written."""
+"""Ranks that collect, decide and fail together, so that no rank waits for one that has stopped.
+
+These functions are collective, unless they say otherwise: if one rank does not call them, the others wait forever.
+"""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from llama.boundary.errors import WeightsError, one_line
+from llama.boundary.errors import UserError, one_line, reason
 
-PATIENCE = 60.0  # seconds to wait for what another machine wrote to show on a shared disk
+PATIENCE = 60.0  # seconds until a file that another machine wrote must be visible on a shared disk
 
 
-def first_rank() -> bool:
-    """Whether this is rank 0, or the only process."""
+def is_rank_zero() -> bool:
+    """Whether this is rank 0, or the only process. (The one function here that is not collective.)"""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-@contextmanager
-def together(where: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What fails on one rank inside this block fails on all. Collective; leaving the block is a barrier.
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """The `value` of every rank, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
-    An error stays what it is on the rank that had it, but an OSError becomes a WeightsError that names the path; the
-    other ranks raise a WeightsError with its message. A thread of its own needs a process group of its own.
+
+def from_rank_zero(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on rank 0, on every rank. A UserError or OSError of rank 0 is raised on every rank.
+
+    For decisions that depend on the disk: two ranks that look might see different things.
     """
-    error = None
+    answer = error = None
+    if is_rank_zero():
+        try:
+            answer = decide()
+        except UserError as caught:
+            error = caught
+        except OSError as caught:
+            place = f"{caught.filename}: " if caught.filename else ""
+            error = UserError(place + reason(caught))
+    if dist.is_initialized():
+        sent = [answer, error]
+        dist.broadcast_object_list(sent)
+        answer, error = sent
+    if error:
+        raise error
+    return answer
+
+
+@contextmanager
+def fail_together(where: str | Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """An error of one rank inside this block becomes an error of all ranks. Leaving the block is a barrier.
+
+    The rank that had the error raises it unchanged, except that an OSError becomes a UserError that names the path;
+    the other ranks raise a UserError with the same message. A thread needs a `group` of its own: collectives of two
+    threads in one group would receive each other's messages.
+    """
+    error = message = None
     try:
         yield
+    except OSError as caught:
+        message = f"{caught.filename or where}: {reason(caught)}"
     except Exception as caught:
         error = caught
-    message = error and one_line(error)
-    if isinstance(error, OSError):
-        message = f"{error.filename or where}: {error.strerror or one_line(error)}"
-    messages = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message, group=group)
-    if error and not isinstance(error, OSError):
+        message = one_line(caught)
+    messages = gather(message, group)
+    if error:
         raise error
-    if failed := next(filter(None, messages), None):
-        raise WeightsError(failed)
+    failed = [text for text in messages if text]
+    if failed:
+        raise UserError(failed[0])
 
 
 def wait_until_visible(path: Path) -> None:
-    """On a disk shared by machines a name can show late. Raises WeightsError when it has not after PATIENCE."""
+    """Wait for a name to appear: on a disk that several machines share it can appear late.
+
+    Raises UserError when it has not appeared after PATIENCE. Not collective.
+    """
     give_up = time.monotonic() + PATIENCE
     while not os.path.lexists(path):
         if time.monotonic() > give_up:
-            raise WeightsError(f"{path}: written by another rank, but not to be seen here after {PATIENCE:.0f} s; "
-                               "expected one disk that all machines share")
+            raise UserError(
+                f"{path}: another rank wrote it, but it is not visible here after {PATIENCE:.0f} s; expected one disk "
+                "that all machines share"
+            )
         time.sleep(0.1)

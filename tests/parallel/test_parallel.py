@@ -3,25 +3,30 @@
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sharded import here, whole
+from sharded import build, this_process, whole
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsdp_train import Settings, train_step
+from fsdp_train import train_step
 from llama.boundary.errors import UserError
 from llama.data.batches import deal, pack
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
+from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.model.norm import RMSNorm
-from llama.model.packed import PackedDocuments
-from llama.parallel.distribute import Ranks, build
-from llama.storage import pretrained
+from llama.storage.pretrained import initialize_weights
 from llama.training.optim import build_adamw
+from llama.training.settings import TrainingSettings
+
+
+def slow(*values, **how):
+    """Parameters that repeat a rule which other parameters hold in the fast tests, or that compile."""
+    return pytest.param(*values, marks=pytest.mark.slow, **how)
+
 
 # No size divides by 2 or 4 ranks everywhere: 97 rows and 3 heads do not; large weights make all terms count.
 UNTIED = ModelConfig(vocab_size=97, hidden_size=30, intermediate_size=42, num_hidden_layers=2, num_attention_heads=3,
@@ -50,25 +55,30 @@ class Data:
         return self.examples[i]
 
 
-def step_on(settings: Settings, model, indices: list[int], ranks: Ranks) -> tuple[float, float, int]:
+def step_on(settings: TrainingSettings, model, indices: list[int]) -> tuple[float, float, dict]:
     """`train_step` on these examples, dealt to micro-batches as the schedule does."""
-    parts = settings.gradient_accumulation_steps * ranks.world_size
-    return train_step(settings, model, Data(), deal(indices, Data().lengths, parts, settings.batch_size), ranks)
+    process, examples = this_process(), Data()
+    parts = settings.gradient_accumulation_steps * process.world_size
+    micro_batches = deal(indices, examples.lengths, parts, settings.batch_size)
+    schedule = SimpleNamespace(micro_batches=lambda step: micro_batches)
+    run = SimpleNamespace(settings=settings, process=process, model=model, task=SimpleNamespace(examples=examples),
+                          plan=SimpleNamespace(schedule=schedule))
+    return train_step(run, 0)
 
 
 def built(config: ModelConfig = TIED, dtype: torch.dtype = torch.float32, **options) -> Llama:
-    model = build(config, here(), dtype, **options)
-    pretrained.initialize(model, seed=0)
+    model = build(config, this_process(), dtype, **options)
+    initialize_weights(model, seed=0)
     return model
 
 
 def trained(config: ModelConfig, settings: dict, steps: list, dtype: torch.dtype = torch.float32, **options):
     """On each rank: (loss, norm, gradients) of every optimizer step, and the weights in the end."""
-    model, ranks = built(config, dtype, **options), here()
+    model = built(config, dtype, **options)
     optimizer = build_adamw(model, RATE, DECAY)
     results = []
     for indices in steps:
-        loss, norm, _ = step_on(Settings(**settings), model, indices, ranks)
+        loss, norm, _ = step_on(TrainingSettings(**settings), model, indices)
         results.append((loss, norm, {name: whole(p.grad) for name, p in model.named_parameters()}))
         optimizer.step()
         optimizer.zero_grad()
@@ -79,7 +89,7 @@ def trained(config: ModelConfig, settings: dict, steps: list, dtype: torch.dtype
 def expected(config: ModelConfig, limit: float):
     """The same from a plain float64 model: the examples of a step one by one, all logits, torch's own tools."""
     model, data = Llama(config), Data()
-    pretrained.initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     model.double()
     optimizer = torch.optim.AdamW([
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": DECAY},
@@ -91,7 +101,7 @@ def expected(config: ModelConfig, limit: float):
         for i in indices:
             tokens, is_answer = (torch.from_numpy(x) for x in data[i])
             documents = PackedDocuments([len(tokens)])
-            logits = model(tokens.long(), documents.positions, documents)
+            logits = model.logits(tokens.long(), documents)
             total += F.cross_entropy(logits[:-1][is_answer[1:]], tokens[1:][is_answer[1:]].long(), reduction="sum")
         (total / labels).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or torch.inf)
@@ -126,7 +136,7 @@ def assert_bitwise_equal(a, b) -> None:
 # --- one loss, one gradient --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batches, batch_size", [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize("micro_batches, batch_size", [(1, 8), (8, 1), slow(2, 4)])
 def test_gradients_do_not_depend_on_how_a_batch_is_cut_into_micro_batches(ranks, micro_batches, batch_size):
     """C1: tokens weigh the same in 8x1, 4x2 and 1x8 with very unequal label counts; unclipped."""
     settings = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches, "max_grad_norm": 0.0}
@@ -134,15 +144,21 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut_into_micro_batches(ranks,
     assert_equal_to_expected(result, UNTIED, 0.0)
 
 
-@pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("world, micro_batches", [(1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
-def test_a_run_does_not_depend_on_the_number_of_ranks(ranks, world, micro_batches, config):
+CONFIGS = {"untied": UNTIED, "tied": TIED}
+FAST = [(1, 4, "untied"), (2, 1, "tied"), (4, 2, "untied")]
+CASES = [(world, micro_batches, kind) for world, micro_batches in [(1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]
+         for kind in CONFIGS]  # fmt: skip
+
+
+@pytest.mark.parametrize("world, micro_batches, kind", [case if case in FAST else slow(*case) for case in CASES])
+def test_a_run_does_not_depend_on_the_number_of_ranks(ranks, world, micro_batches, kind):
     """C2, C5, C31: loss, norm, clipped gradients of three steps and the weights after them; every rank says the same.
 
     The second step has 3 examples: with 4 ranks or more parts some are empty (C3), and still join every collective.
     """
     settings = {"batch_size": 8 // (world * micro_batches), "gradient_accumulation_steps": micro_batches,
                 "max_grad_norm": LIMIT}
+    config = CONFIGS[kind]
     results = ranks(world, trained, config, settings, STEPS)
     assert_equal_to_expected(results[0], config, LIMIT)
     for result in results[1:]:
@@ -152,12 +168,12 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(ranks, world, micro_batche
 def loss_of(parts: list[list[int]]) -> tuple[float, dict]:
     """Each rank its own examples, summed; the gradients come back averaged over the ranks."""
     model, batch = built(), pack(Data(), parts[dist.get_rank()])
-    loss = model(batch.tokens, batch.documents.positions, batch.documents, batch.rows, batch.targets)
+    loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
     loss.backward()
     return float(loss.detach()), {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("nothing", [[], [2], [2, 6]], ids=["no example", "no label", "two without label"])
+@pytest.mark.parametrize("nothing", [[], slow([2]), [2, 6]], ids=["no example", "no label", "two without label"])
 def test_a_rank_without_labels_contributes_exactly_nothing(ranks, nothing):
     """C3: its loss is 0 and its gradients are 0, not NaN."""
     (_, alone), = ranks(1, loss_of, [[1, 4]])
@@ -169,7 +185,7 @@ def test_a_rank_without_labels_contributes_exactly_nothing(ranks, nothing):
 
 def step_without_labels() -> str:
     try:
-        step_on(Settings(batch_size=1), built(), [6, 2], here())
+        step_on(TrainingSettings(batch_size=1), built(), [6, 2])
     except UserError as error:
         return str(error)
 
@@ -181,13 +197,13 @@ def test_a_global_step_without_labels_is_refused_naming_its_rows(ranks):
 
 
 def poisoned_step() -> tuple:
-    model, ranks = built(), here()
+    model = built()
     weights = dict(model.named_parameters())
     with torch.no_grad():
         if dist.get_rank() == 1:
             weights["layers.1.mlp.up_proj.weight"].to_local()[0, 0] = torch.nan
     before = {name: p.to_local().clone() for name, p in weights.items()}
-    loss, norm, _ = step_on(Settings(batch_size=4), model, BATCH, ranks)
+    loss, norm, _ = step_on(TrainingSettings(batch_size=4), model, BATCH)
     unchanged = all(torch.equal(p.to_local(), before[name]) or name == "layers.1.mlp.up_proj.weight"
                     for name, p in weights.items())
     return loss, norm, unchanged
@@ -207,12 +223,12 @@ SETTINGS = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 
 def plainly_trained(config: ModelConfig, settings: dict, steps: list):
     """`trained` with a model that FSDP never touched."""
     model = Llama(config)
-    pretrained.initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     model.set_requires_gradient_sync = lambda _: None
     optimizer = build_adamw(model, RATE, DECAY)
     results = []
     for indices in steps:
-        loss, norm, _ = step_on(Settings(**settings), model, indices, here())
+        loss, norm, _ = step_on(TrainingSettings(**settings), model, indices)
         results.append((loss, norm, {name: p.grad.clone() for name, p in model.named_parameters()}))
         optimizer.step()
         optimizer.zero_grad()
@@ -228,8 +244,10 @@ def test_fsdp_on_one_rank_is_bitwise_the_plain_model(ranks, config):
     assert_bitwise_equal(sharded, plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"reshard_after_forward": False}], ids=str)
+@pytest.mark.parametrize("options, dtype", [
+    ({"activation_checkpointing": True}, torch.float32), ({"reshard_after_forward": False}, torch.bfloat16),
+    slow({"activation_checkpointing": True}, torch.bfloat16), slow({"reshard_after_forward": False}, torch.float32),
+], ids=str)  # fmt: skip
 def test_what_saves_or_spends_memory_changes_no_bit(ranks, options, dtype):
     """C36: activation checkpointing, and keeping gathered weights until the backward, on two ranks."""
     plain = ranks(2, trained, TIED, SETTINGS, STEPS, dtype)
@@ -242,7 +260,7 @@ def norms_computed(**options) -> int:
     forward = RMSNorm.forward
     RMSNorm.forward = lambda self, x: calls.append(1) or forward(self, x)
     try:
-        model(batch.tokens, batch.documents.positions, batch.documents, batch.rows, batch.targets).backward()
+        model(batch.tokens, batch.documents, batch.rows, batch.targets).backward()
     finally:
         RMSNorm.forward = forward
     return len(calls)
@@ -269,9 +287,9 @@ class Collectives(TorchDispatchMode):
 
 def collectives(settings: dict, **options) -> tuple[Counter, tuple]:
     """How often one step called what, and its loss, norm and gradients."""
-    model, ranks = built(**options), here()
+    model = built(**options)
     with Collectives() as mode:
-        loss, norm, _ = step_on(Settings(**settings), model, BATCH, ranks)
+        loss, norm, _ = step_on(TrainingSettings(**settings), model, BATCH)
     return mode.counts, (loss, norm, {name: whole(p.grad) for name, p in model.named_parameters()})
 
 
@@ -298,13 +316,13 @@ def test_without_resharding_weights_are_gathered_only_once_a_micro_batch(ranks):
 
 
 def dtypes() -> dict:
-    model, ranks, seen = built(dtype=torch.bfloat16), here(), set()
+    model, seen = built(dtype=torch.bfloat16), set()
     model.layers[1].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     optimizer = build_adamw(model, 1e-5, 0.0)
     with torch.no_grad():
         for p in model.parameters():
             p.to_local().copy_(torch.where(p.to_local() < 0, -1.0, 1.0))
-    loss, norm, _ = step_on(Settings(batch_size=4), model, BATCH, ranks)
+    loss, norm, _ = step_on(TrainingSettings(batch_size=4), model, BATCH)
     optimizer.step()
     moved = [p.to_local()[p.grad.to_local() != 0].abs() != 1 for p in model.parameters()]
     return {
@@ -325,7 +343,7 @@ def test_bf16_is_computed_in_and_fp32_is_kept_so_that_small_updates_survive(rank
         assert found["moved"] and found["finite"]
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, slow(4)])
 def test_bf16_training_stays_near_float64(ranks, world):
     """RELIABILITY 4.1: loss and norm to 1 %, gradients to 5 % of their norm, for any number of ranks."""
     settings = {"batch_size": 8 // world, "max_grad_norm": 0.0}
@@ -338,9 +356,9 @@ def test_bf16_training_stays_near_float64(ranks, world):
 
 def identity(config: ModelConfig) -> list:
     """Whether head and embedding are one parameter: as built, after a step, after a state_dict."""
-    model, ranks = built(config), here()
+    model = built(config)
     tied = [model.lm_head.weight is model.embed_tokens.weight]
-    step_on(Settings(batch_size=4), model, BATCH, ranks)
+    step_on(TrainingSettings(batch_size=4), model, BATCH)
     build_adamw(model, RATE, DECAY).step()
     tied += [model.lm_head.weight is model.embed_tokens.weight]
     state = model.state_dict()
@@ -355,13 +373,13 @@ def test_tied_stays_tied_when_sharded_and_untied_stays_apart(ranks):
 
 
 def names(**options) -> tuple[list, list]:
-    model = build(TIED, here(), torch.bfloat16, **options)
+    model = build(TIED, this_process(), torch.bfloat16, **options)
     return [name for name, _ in model.named_parameters()], list(model.state_dict())
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"compile": True}, {"activation_checkpointing": True}, {"reshard_after_forward": False},
-    {"compile": True, "activation_checkpointing": True},
+    {"activation_checkpointing": True}, slow({}), slow({"reshard_after_forward": False}), slow({"compile": True}),
+    slow({"compile": True, "activation_checkpointing": True}),
 ], ids=str)
 def test_names_are_those_of_the_plain_model_whatever_is_applied_to_it(ranks, options):
     """C33: no `_orig_mod.`, no wrapper in what is saved."""
@@ -395,7 +413,7 @@ def compiled_losses(lengths: list[int]) -> list[tuple]:
     for length in lengths:
         tokens = torch.randint(97, (length,), generator=torch.Generator().manual_seed(length))
         documents = PackedDocuments([length // 3, length - length // 3])
-        losses = [m(tokens, documents.positions, documents, torch.arange(length), tokens) for m in models]
+        losses = [m(tokens, documents, torch.arange(length), tokens) for m in models]
         for loss in losses:
             loss.backward()
         results.append((*map(float, losses), torch._dynamo.utils.counters["stats"]["unique_graphs"]))

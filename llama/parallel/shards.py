@@ -1,0 +1,111 @@
+"""What one rank holds of a tensor: which slice, where it lies in the whole, and how to fill it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from llama.parallel.collectives import gather, is_rank_zero
+
+
+def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts.
+
+    FSDP over tensor parallelism (only in the tests) cuts a tensor twice: placements list FSDP's _StridedShard first,
+    but it was cut last. (PyTorch's compute_local_shape_and_global_offset is wrong for 9 rows on 4 x 2 ranks.)
+    """
+    start = [0] * tensor.ndim
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), start
+    size = list(tensor.shape)
+    cuts = [(i, placement) for i, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
+    strided = [cut for cut in cuts if hasattr(cut[1], "split_factor")]
+    plain = [cut for cut in cuts if cut not in strided]
+    for i, placement in plain + strided[::-1]:
+        chunk = -(-size[placement.dim] // tensor.device_mesh.size(i))
+        before = min(tensor.device_mesh.get_local_rank(i) * chunk, size[placement.dim])
+        start[placement.dim] += before
+        size[placement.dim] = min(chunk, size[placement.dim] - before)
+    with torch.no_grad():
+        local = tensor.detach().to_local()
+    if list(local.shape) != size:
+        raise ValueError(f"{tensor.placements} of {list(tensor.shape)} gives {list(local.shape)}, not {size}")
+    return local, start
+
+
+def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
+    """The index of a part that starts at `start` of the whole: whole[region(start, part)] has the part's shape."""
+    return tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a tensor of that shape: `local`, which starts at `start` of the whole."""
+
+    shape: tuple[int, ...]
+    local: Tensor
+    start: tuple[int, ...]
+    is_writer: bool  # whether this rank is the first of those that hold this very part
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Part":
+        local, start = local_slice(tensor)
+        is_writer = is_rank_zero()
+        if isinstance(tensor, DTensor):
+            replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+            is_writer = all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
+        return cls(tuple(tensor.shape), local, tuple(start), is_writer)
+
+    def copied(self) -> "Part":
+        """The same in host memory of its own, so that training may change the original."""
+        return replace(self, local=self.local.to("cpu", copy=True))
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by name, as the shards that are trained.
+
+    After a forward without backward FSDP still holds gathered copies, rounded to bf16, that the optimizer does not
+    know: reshard drops them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def all_finite(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether no weight on any rank is infinite or NaN, also after conversion to `dtype`. Collective."""
+    finite = True
+    for parameter in sharded_parameters(model).values():
+        if parameter.is_floating_point():
+            local, _ = local_slice(parameter)
+            finite = finite and bool(local.to(dtype or parameter.dtype).isfinite().all())
+    return all(gather(finite))
+
+
+def draw(
+    parameter: Tensor,
+    name: str,
+    seed: int,
+    fill: Callable[[Tensor, torch.Generator], object],
+) -> None:
+    """Fill this rank's part with random numbers that do not depend on the number of ranks.
+
+    Every rank lets `fill` write the whole tensor in fp32, from a generator seeded by `seed` and `name`, and keeps its
+    own part.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    whole = torch.empty(parameter.shape, dtype=torch.float32)
+    fill(whole, generator)
+    local, start = local_slice(parameter)
+    local.copy_(whole[region(start, local)])
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered where it is sharded. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,61 @@
+"""Joining the other processes, and leaving them: devices, names of attempts, and who says goodbye."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama.boundary.errors import UserError
+from llama.parallel import processes
+from llama.parallel.processes import join, name_of_attempt
+
+
+@pytest.fixture
+def left(monkeypatch) -> list[str]:
+    """Rank 9 of two 8-GPU nodes, without any of them; who has left the group."""
+    said = []
+    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 9, 16)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("goodbye"))
+    monkeypatch.setattr(processes, "name_of_attempt", lambda *_: "first")
+    monkeypatch.setattr(processes, "init_device_mesh", lambda *_, **__: None)
+    return said
+
+
+def test_devices_come_from_the_local_rank(left, monkeypatch):
+    """C46: rank 9 of two 8-GPU nodes computes on the second GPU of its own node."""
+    chosen = []
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with join() as process:
+        assert process.device == torch.device("cuda", 1) and process.rank == 9
+    assert chosen == [torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(UserError, match="9: this node has 8 GPUs"), join():
+        pass
+
+
+@pytest.mark.parametrize("error, says_goodbye", [(UserError, True), (SystemExit, True), (RuntimeError, False)])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave(left, monkeypatch, error, says_goodbye):
+    """R9: they may be in a collective that it will never join. A mistake of the user has ended all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error), join():
+        raise error("the first of all")
+    assert left == (["goodbye"] if says_goodbye else [])
+
+
+def test_an_attempt_has_one_name_whatever_dead_ones_left_in_the_store():
+    """R10: counts of restarts may differ from node to node; some of the dead had asked, one without a name."""
+    store = dist.HashStore()
+    store.set(f"asked/{store.add('asked', 1)}", "dead")
+    store.add("asked", 1)
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as threads:
+            names = list(threads.map(lambda rank: name_of_attempt(store, rank, 4), range(4), timeout=240))
+        assert len(set(names)) == 1 and not store.check([f"{names[0]}/seen"])
+        store.set(f"{names[0]}/seen", "")
+    assert name_of_attempt(store, 0, 1) != names[0]
