@@ -1,7 +1,7 @@
-"""What is on disk is whole: files and folders that appear at once, and are proved by digests.
+"""Folders that appear under their name only when they are whole, and digests that prove that they still are.
 
-A crash can stop a program between any two instructions. So everything is written under a temporary name, forced to
-the disk, and only then given its own name, which is one step for the file system: it happened or it did not.
+A crash can stop a program between any two instructions. So everything is written into a folder with another name,
+forced to disk, and only then renamed. A rename is one step for the file system: it has happened or it has not.
 """
 
 import hashlib
@@ -13,98 +13,84 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llama.boundary.errors import WeightsError
-from llama.parallel.collectives import first_rank, together, wait_until_visible
+from llama.boundary.durable import sync
+from llama.boundary.errors import UserError
+from llama.parallel.collectives import fail_together, gather, is_rank_zero, wait_until_visible
 
-BLOCK = 64 * 2**20  # bytes hashed at a time: what ranks share a large file's digest by
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small new file, and return when it is on disk."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-    sync(path)
-
-
-def replace_durably(path: Path, text: str) -> None:
-    """Write a small file that may exist: whoever reads it finds the old text or the new one, never a part."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    write_durably(unfinished, text)
-    os.replace(unfinished, path)
-    sync(path.parent)
+HASHED_AT_ONCE = 64 * 2**20  # bytes; ranks share the hashing of a large file in blocks of this size
 
 
 @contextmanager
-def appearing(
-    folder: Path, ours: Callable[[str], bool], group: dist.ProcessGroup | None = None
+def atomic_folder(
+    folder: Path, is_ours: Callable[[str], bool], group: dist.ProcessGroup | None = None, replace: bool = False
 ) -> Iterator[Path]:
-    """A new folder to write into, which gets its name when the block is left without an error. Collective.
+    """A new folder to write into, which gets its name when the block ends without an error. Collective.
 
-    `ours` says which file names such a folder can hold: what an earlier attempt left behind is deleted, but never a
-    folder with anything else in it. Raises WeightsError, on every rank, if the name is taken.
+    An unfinished folder of an earlier attempt is deleted, but only if `is_ours` accepts the name of every file in it.
+    With `replace`, an existing folder is deleted first, so a crash leaves none; else it is a UserError on every rank.
     """
     folder = Path(folder)
     if not folder.name or folder.name == "..":
-        raise WeightsError(f"{folder}: exists already, expected a name that is free")
+        raise UserError(f"{folder}: exists already, expected a name that is free")
     unfinished = folder.with_name(folder.name + ".tmp")
-    with together(folder, group):
-        if first_rank():
+    with fail_together(folder, group):
+        if is_rank_zero():
+            if replace and folder.exists():
+                shutil.rmtree(folder)
             if os.path.lexists(folder):
-                raise WeightsError(f"{folder}: exists already, expected a name that is free")
-            if unfinished.is_dir() and not unfinished.is_symlink():
-                for path in unfinished.iterdir():
-                    if path.is_dir() or not ours(path.name):
-                        raise WeightsError(f"{path}: not from an attempt to write {folder}; expected its folder to be "
-                                           "free for temporary files")
-                shutil.rmtree(unfinished)
+                raise UserError(f"{folder}: exists already, expected a name that is free")
+            _delete_left_over(unfinished, folder, is_ours)
             unfinished.mkdir(parents=True)
     yield unfinished
-    with together(folder, group):
-        if first_rank():
+    with fail_together(folder, group):
+        if is_rank_zero():
             sync(unfinished)
             unfinished.rename(folder)
             sync(folder.parent)
+
+
+def _delete_left_over(unfinished: Path, folder: Path, is_ours: Callable[[str], bool]) -> None:
+    if not unfinished.is_dir() or unfinished.is_symlink():
+        return
+    for path in unfinished.iterdir():
+        if path.is_dir() or not is_ours(path.name):
+            raise UserError(
+                f"{path}: not from an attempt to write {folder}; expected its folder to be free for temporary files"
+            )
+    shutil.rmtree(unfinished)
 
 
 def digests(folder: Path, names: Sequence[str], group: dist.ProcessGroup | None = None) -> dict[str, dict]:
     """{name: {"bytes": size, "sha256": digest}} of files, read back from disk. Collective; ranks share the blocks.
 
     The digest is the SHA-256 of the SHA-256s of each 64 MiB of the file, so it does not depend on the number of ranks.
-    Raises WeightsError, on every rank, for a file that any of them cannot read.
+    Raises UserError, on every rank, for a file that any of them cannot read.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, sizes = {}, {}
-    with together(folder, group):
+    sizes, hashed = {}, {}
+    with fail_together(folder, group):
         for name in names:
-            if not first_rank():
+            if rank > 0:
                 wait_until_visible(folder / name)
             sizes[name] = (folder / name).stat().st_size
-        blocks = [(name, place) for name in names for place in range(0, max(1, sizes[name]), BLOCK)]
-        for name, place in blocks[rank::ranks]:
-            mine[name, place] = _hash_block(folder / name, place)
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, mine, group=group)
-    hashed = {block: digest for part in everyone for block, digest in part.items()}
-    of_file = {name: hashlib.sha256(b"".join(hashed[b] for b in blocks if b[0] == name)).hexdigest() for name in names}
-    return {name: {"bytes": sizes[name], "sha256": of_file[name]} for name in names}
+        blocks = []
+        for name in names:
+            blocks += [(name, start) for start in range(0, max(1, sizes[name]), HASHED_AT_ONCE)]
+        for name, start in blocks[rank::ranks]:
+            hashed[name, start] = _hash_block(folder / name, start)
+    for other in gather(hashed, group):
+        hashed |= other
+    found = {}
+    for name in names:
+        of_blocks = b"".join(hashed[block] for block in blocks if block[0] == name)
+        found[name] = {"bytes": sizes[name], "sha256": hashlib.sha256(of_blocks).hexdigest()}
+    return found
 
 
-def _hash_block(path: Path, place: int) -> bytes:
-    total, end = hashlib.sha256(), place + BLOCK
+def _hash_block(path: Path, start: int) -> bytes:
+    total = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        file.seek(place)
-        while piece := file.read(min(2**20, end - file.tell())):
+        file.seek(start)
+        while piece := file.read(min(2**20, start + HASHED_AT_ONCE - file.tell())):
             total.update(piece)
     return total.digest()

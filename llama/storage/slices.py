@@ -8,108 +8,121 @@ copy of the whole anywhere. https://github.com/huggingface/safetensors
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from llama.boundary.errors import WeightsError, one_line, some
-from llama.boundary.untrusted import inside, read_json_text
-from llama.parallel.collectives import first_rank, together, wait_until_visible
-from llama.storage.atomic import sync, write_durably
+from llama.boundary.durable import sync, write_durably
+from llama.boundary.errors import UserError, as_user_error, first_few, one_line
+from llama.boundary.untrusted import inside, read_json
+from llama.parallel.collectives import fail_together, is_rank_zero, wait_until_visible
+from llama.parallel.shards import Part, local_slice
+from llama.storage.layout import DTYPES, FLOATS, Layout, lay_out
 
-PIECE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beyond its shard
-FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-DTYPES = FLOATS | INTEGERS | {torch.bool: "BOOL"}
+COPIED_AT_ONCE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beside its shard
 
 
 # Reading
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A matrix that is kept in another form: `put` is handed the rows of this rank, as read, some at a time.
+class Sink:
+    """Where a tensor of a file goes: `put(first, values)` receives this rank's part, a few of its rows at a time.
 
-    shape of the whole; the rank's `count` rows begin at `start` of the whole, and at 0 for `put(first, rows)`.
+    shape and dtype are those of the whole tensor. This rank's part has the shape `size` and starts at `start` of the
+    whole; `first` counts from 0 at the start of the part.
     """
 
-    shape: tuple[int, int]
-    start: int
-    count: int
-    put: Callable[[int, Tensor], None]
-    dtype: torch.dtype = torch.float32  # this and the next: what `read_tensors` asks of a tensor, too
-    is_meta: bool = False
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    put: Callable[[int, Tensor], object]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Sink":
+        """Copies into a tensor, plain or DTensor, in place."""
+        if tensor.is_meta:
+            raise ValueError("a tensor on the meta device: give the model memory with to_empty first")
+        local, start = local_slice(tensor)
+
+        def put(first: int, values: Tensor) -> None:
+            target = local[first : first + len(values)] if local.ndim else local
+            target.copy_(values)
+
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(start), tuple(local.shape), put)
+
+
+Accepts = Callable[[str], object]  # True for the name of a tensor that a file may hold although it is not read
 
 
 def read_tensors(
-    tensors: dict[str, Tensor | Rows],
-    folder: Path,
-    stem: str = "model",
-    allow_unexpected: Callable[[str], bool] = lambda name: False,
+    tensors: dict[str, Tensor | Sink], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
 ) -> None:
-    """Fill every tensor, plain or DTensor, in place from `stem`.safetensors or the files that its index names.
+    """Fill every tensor in place from `stem`.safetensors, or from the files that its index names.
 
-    Floating-point values are converted to the tensor's dtype. No communication: each rank reads its own slices.
-    Raises WeightsError, before any tensor is changed, for files that are not whole and for names, shapes or dtypes
-    that do not match; `allow_unexpected` says which names may be in the files without being asked for.
+    Floating-point values are converted to the tensor's dtype. No communication: each rank reads its own slices. Raises
+    UserError, before any tensor is changed, for files that are not whole and for names, shapes or dtypes that do not
+    match. `allow_unexpected` says which names the files may hold beside those asked for.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device: give the model memory with to_empty first")
+    sinks = {}
+    for name, target in tensors.items():
+        sinks[name] = target if isinstance(target, Sink) else Sink.of(target)
     with ExitStack() as stack:
-        found = _matching(tensors, folder, stem, allow_unexpected, stack)
-        for name, tensor in tensors.items():
-            _read_slice(found[name], tensor)
+        found = _matching(sinks, folder, stem, allow_unexpected, stack)
+        for name, sink in sinks.items():
+            _read_part(found[name], sink)
 
 
 def check_tensors(
-    tensors: dict[str, Tensor | Rows],
-    folder: Path,
-    stem: str = "model",
-    allow_unexpected: Callable[[str], bool] = lambda name: False,
+    tensors: dict[str, Tensor], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
 ) -> None:
-    """Raise what `read_tensors` would raise for these tensors, which need no memory yet, and read none."""
+    """Raise what `read_tensors` would raise for these tensors, but read none: they may be on the meta device."""
     with ExitStack() as stack:
         _matching(tensors, folder, stem, allow_unexpected, stack)
 
 
-def _matching(tensors: dict, folder: Path, stem: str, allow_unexpected: Callable, stack: ExitStack) -> dict:
-    """A lazy view of the file for each name in `tensors`: all are there, nothing else is, and shapes and dtypes fit."""
+def _matching(wanted: dict, folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
+    """A lazy view of the file for each wanted name. All must be there, and nothing else; shapes and dtypes must fit."""
     found = _open_files(Path(folder), stem, stack)
-    problems, missing = [], [name for name in tensors if name not in found]
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted and not allow_unexpected(name)]
+    problems = []
     if missing:
-        problems.append(f"lacks {some(missing)}")
-    unexpected = [name for name in found if name not in tensors and not allow_unexpected(name)]
+        problems.append(f"lacks {first_few(missing)}")
     if unexpected:
-        problems.append(f"has {some(unexpected)}, which nothing asks for")
-    for name in [name for name in tensors if name in found]:
+        problems.append(f"has {first_few(unexpected)}, which nothing asks for")
+    for name, tensor in wanted.items():
+        if name not in found:
+            continue
         shape, dtype = found[name].get_shape(), found[name].get_dtype()
-        expected, ours = list(tensors[name].shape), DTYPES[tensors[name].dtype]
-        if shape != expected or (dtype != ours and not {dtype, ours} <= set(FLOATS.values())):
-            problems.append(f"{some([name])} is {dtype} {shape}, expected {ours} {expected}")
+        both_floats = {dtype, DTYPES[tensor.dtype]} <= set(FLOATS.values())
+        if shape != list(tensor.shape) or (dtype != DTYPES[tensor.dtype] and not both_floats):
+            expected = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
+            problems.append(f"{first_few([name])} is {dtype} {shape}, expected {expected}")
     if problems:
-        raise WeightsError(f"{folder}: {'; '.join(problems[:4])}")
+        raise UserError(f"{folder}: {'; '.join(problems[:4])}")
     return found
 
 
 def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
     """Map a folder's weights into memory: a lazy view of the file for each tensor's name."""
-    files, file_of = [f"{stem}.safetensors"], None
-    if not os.path.lexists(folder / files[0]):
-        index = f"{stem}.safetensors.index.json"
-        if not os.path.lexists(folder / index):
-            raise WeightsError(f"{folder}: has neither {files[0]} nor {index}")
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    file_of = None
+    if os.path.lexists(folder / single):
+        files = [single]
+    elif os.path.lexists(folder / index):
         file_of = _read_index(folder, index)
         files = sorted(set(file_of.values()))
+    else:
+        raise UserError(f"{folder}: has neither {single} nor {index}")
     found, found_in = {}, {}
     for file in files:
         path = inside(folder, file, ".safetensors")
@@ -117,78 +130,46 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
             opened = stack.enter_context(safe_open(path, framework="pt"))
             views = {name: opened.get_slice(name) for name in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
-        if twice := found.keys() & views.keys():
-            raise WeightsError(f"{path}: has {some(sorted(twice))}, which another file has, too")
+            raise UserError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
+        twice = found.keys() & views.keys()
+        if twice:
+            raise UserError(f"{path}: has {first_few(sorted(twice))}, and so has another file")
         found |= views
         found_in |= dict.fromkeys(views, file)
     if file_of is not None and file_of != found_in:
         differing = sorted({name for name, _ in file_of.items() ^ found_in.items()})
-        raise WeightsError(f"{folder}: index and files do not agree on where to find {some(differing)}")
+        raise UserError(f"{folder}: index and files do not agree on where to find {first_few(differing)}")
     return found
 
 
 def _read_index(folder: Path, name: str) -> dict[str, str]:
     """{tensor name: file name} from an index."""
-
-    def without_repetition(pairs: list) -> dict:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key is repeated")
-        return dict(pairs)
-
-    try:
-        values = json.loads(read_json_text(folder, name), object_pairs_hook=without_repetition)
-        file_of = values["weight_map"]
+    with as_user_error(folder / name, "an index of safetensors files"):
+        file_of = read_json(folder, name)["weight_map"]
         if not all(isinstance(file, str) for file in file_of.values()):
-            raise TypeError("weight_map must name a file for each tensor")
-    except WeightsError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{folder / name}: not an index of safetensors files ({one_line(error)})") from None
-    return file_of
+            raise TypeError("weight_map does not name a file for each tensor")
+        return file_of
 
 
-def _read_slice(view, tensor: Tensor | Rows) -> None:
-    """Copy this rank's part of a tensor, in pieces: converting for another device takes a temporary copy."""
-    if isinstance(tensor, Rows):
-        step = max(1, PIECE // (4 * tensor.shape[1]))
-        for first in range(0, tensor.count, step):
-            stop = min(first + step, tensor.count)
-            tensor.put(first, view[tensor.start + first : tensor.start + stop])
+def _read_part(view, sink: Sink) -> None:
+    """Copy this rank's part of a tensor, a few rows at a time: a conversion takes a temporary copy."""
+    if not sink.shape:
+        sink.put(0, view[...])
         return
-    local, start = local_slice(tensor)
-    if local.ndim == 0:
-        local.copy_(view[...])
-    elif local.numel():
-        for piece in local.split(max(1, PIECE // (local[0].numel() * local.itemsize))):
-            piece.copy_(view[region(start, piece)])
-            start[0] += len(piece)
+    if 0 in sink.size:
+        return
+    row_bytes = math.prod(sink.size[1:]) * sink.dtype.itemsize
+    at_once = max(1, COPIED_AT_ONCE // row_bytes)
+    columns = []
+    for start, size in zip(sink.start[1:], sink.size[1:], strict=True):
+        columns.append(slice(start, start + size))
+    for first in range(0, sink.size[0], at_once):
+        stop = min(first + at_once, sink.size[0])
+        rows = slice(sink.start[0] + first, sink.start[0] + stop)
+        sink.put(first, view[(rows, *columns)])
 
 
 # Writing
-
-
-@dataclass(frozen=True)
-class Part:
-    """What this rank holds of a tensor of that shape: `local`, which begins at `start` of the whole."""
-
-    shape: tuple[int, ...]
-    local: Tensor
-    start: tuple[int, ...]
-    is_writer: bool  # whether this rank is the first of those that hold this very part
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Part":
-        local, start = local_slice(tensor)
-        writer = first_rank()
-        if isinstance(tensor, DTensor):
-            replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
-            writer = all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
-        return cls(tuple(tensor.shape), local, tuple(start), writer)
-
-    def copied(self) -> "Part":
-        """The same in memory of its own, in the host's: what is trained may change."""
-        return replace(self, local=self.local.to("cpu", copy=True))
 
 
 def write_tensors(
@@ -202,135 +183,94 @@ def write_tensors(
     """Write tensors, plain or DTensor, into `folder`: one `stem`.safetensors, or several files and an index.
 
     Collective, with the same names in the same order on every rank. Floating-point tensors become `dtype`, where
-    given. A file holds at most max_file_bytes of tensors, or a single larger one. On return all is on disk. Raises
-    WeightsError, on every rank, if any rank cannot write or a file exists already.
+    given. On return all is on disk. Raises UserError, on every rank, if any rank cannot write or a file exists already.
     """
     folder = Path(folder)
-    parts = {name: t if isinstance(t, Part) else Part.of(t) for name, t in tensors.items()}
-    dtypes = {name: dtype if dtype and p.local.is_floating_point() else p.local.dtype for name, p in parts.items()}
-    sizes = {name: math.prod(p.shape) * dtypes[name].itemsize for name, p in parts.items()}
-    shares, filled = [[]], 0
-    for name, size in sizes.items():
-        if shares[-1] and filled + size > max_file_bytes:
-            shares.append([])
-            filled = 0
-        shares[-1].append(name)
-        filled += size
-    files = {f"{stem}-{i + 1:05d}-of-{len(shares):05d}.safetensors": names for i, names in enumerate(shares)}
-    if len(shares) == 1:
-        files = {f"{stem}.safetensors": shares[0]}
+    parts, shapes, dtypes = {}, {}, {}
+    for name, source in tensors.items():
+        part = source if isinstance(source, Part) else Part.of(source)
+        parts[name] = part
+        shapes[name] = part.shape
+        dtypes[name] = dtype if dtype and part.local.is_floating_point() else part.local.dtype
+    layout = lay_out(shapes, dtypes, stem, max_file_bytes)
+    with fail_together(folder, group):  # every file has its full size before any rank writes into it
+        if is_rank_zero():
+            _create(folder, layout, stem)
+    with fail_together(folder, group):
+        _fill(folder, layout, parts)
 
-    headers, begins = {}, {}
-    for file, names in files.items():
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(names, key=lambda name: -dtypes[name].itemsize):  # wide types first: all are aligned
-            shape, place = list(parts[name].shape), [end, end + sizes[name]]
-            header[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": place}
-            end += sizes[name]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        headers[file] = len(text).to_bytes(8, "little") + text
-        begins |= {name: len(headers[file]) + header[name]["data_offsets"][0] for name in names}
 
-    with together(folder, group):  # every file has its full size before any rank writes into it
-        if first_rank():
-            for file, names in files.items():
-                with open(folder / file, "xb") as opened:
-                    opened.write(headers[file])
-                    opened.truncate(len(headers[file]) + sum(sizes[name] for name in names))
-            if len(files) > 1:
-                file_of = {name: file for file, names in files.items() for name in names}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
-                write_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-            sync(folder)
-    with together(folder, group):
-        for file, names in files.items():
-            mine = [name for name in names if parts[name].is_writer]
-            if mine or first_rank():
-                wait_until_visible(folder / file)
-                with open(folder / file, "r+b", buffering=0) as opened:
-                    for name in mine:
-                        _write_part(opened, parts[name], dtypes[name], begins[name])
-                    os.fsync(opened.fileno())
+def _create(folder: Path, layout: Layout, stem: str) -> None:
+    """Make every file in its full size, with its header, and the index where there are several."""
+    for file, header in layout.headers.items():
+        with open(folder / file, "xb") as opened:
+            opened.write(header)
+            opened.truncate(layout.sizes[file])
+    if len(layout.files) > 1:
+        total = sum(layout.sizes[file] - len(layout.headers[file]) for file in layout.files)
+        weight_map = {name: file for name, (file, _) in layout.places.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    sync(folder)
+
+
+def _fill(folder: Path, layout: Layout, parts: dict[str, Part]) -> None:
+    """Write this rank's part of every tensor."""
+    for file in layout.files:
+        names = []
+        for name, (place, _) in layout.places.items():
+            if place == file and parts[name].is_writer:
+                names.append(name)
+        if not names and not is_rank_zero():  # rank 0 has written the header, and must force it to disk
+            continue
+        wait_until_visible(folder / file)
+        with open(folder / file, "r+b", buffering=0) as opened:
+            for name in names:
+                _write_part(opened, parts[name], layout.dtypes[name], layout.places[name][1])
+            os.fsync(opened.fileno())
 
 
 def _write_part(file, part: Part, dtype: torch.dtype, begin: int) -> None:
-    """Write this rank's part of a tensor that begins at byte `begin` of the file, a piece at a time."""
+    """Write this rank's part of a tensor that begins at byte `begin` of the file.
+
+    A tensor lies in the file row after row. A part that was cut by rows is one run of numbers in the file; a part that
+    was cut by columns is one run in each row:
+
+        by rows   . . . . . .        by columns   . . # # . .
+                  # # # # # #                     . . # # . .
+                  # # # # # #                     . . # # . .
+                  . . . . . .                     . . # # . .
+    """
     local, shape = part.local, part.shape
     if not local.numel():
         return
-    # A matrix cut by rows is one run of bytes in the file, one cut by columns a run for each row: count through
-    # all dimensions before the last that is cut.
-    cut = max((i for i in range(local.ndim) if local.shape[i] != shape[i]), default=0)
+    # Runs are counted through all dimensions before the last one that is cut.
+    cuts = [i for i in range(local.ndim) if local.shape[i] != shape[i]]
+    last_cut = max(cuts, default=0)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    first = sum(s * stride for s, stride in zip(part.start, strides, strict=True))
-    steps = [range(0, n * stride, stride) for n, stride in zip(local.shape[:cut], strides, strict=False)]
-    runs = [first + sum(offsets) for offsets in product(*steps)]
-    rows = local.reshape(len(runs), -1)
-    width = min(rows.shape[1], PIECE // dtype.itemsize)
-    height = PIECE // (width * dtype.itemsize)
-    for top in range(0, len(runs), height):
-        for left in range(0, rows.shape[1], width):
-            piece = rows[top : top + height, left : left + width].to("cpu", dtype).contiguous()
-            for data, run in zip(piece.view(torch.uint8).numpy(), runs[top : top + height], strict=True):
-                _write_at(file, data, begin + (run + left) * dtype.itemsize)
+    first_number = sum(start * stride for start, stride in zip(part.start, strides, strict=True))
+    steps = []
+    for n, stride in zip(local.shape[:last_cut], strides, strict=False):
+        steps.append(range(0, n * stride, stride))
+    run_starts = [first_number + sum(offsets) for offsets in product(*steps)]
+    runs = local.reshape(len(run_starts), -1)
+    # Convert and write a block of several short runs, or a piece of a long one, at a time.
+    width = min(runs.shape[1], COPIED_AT_ONCE // dtype.itemsize)
+    height = COPIED_AT_ONCE // (width * dtype.itemsize)
+    for top in range(0, len(run_starts), height):
+        for left in range(0, runs.shape[1], width):
+            block = runs[top : top + height, left : left + width].to("cpu", dtype).contiguous()
+            starts = run_starts[top : top + height]
+            for data, start in zip(block.view(torch.uint8).numpy(), starts, strict=True):
+                _write_at(file, data, begin + (start + left) * dtype.itemsize)
 
 
 def _write_at(file, data, position: int) -> None:
-    """Write all bytes of `data` at `position`; the system may take a part at a time."""
+    """Write all bytes of `data` at `position`. One call of the system may write only a part of them."""
     while len(data):
         try:
             written = os.pwrite(file.fileno(), data, position)
         except OSError as error:
             place = f"{len(data):,} bytes at {position:,}"
-            raise WeightsError(f"{file.name}: {error.strerror}, writing {place}") from None
+            raise UserError(f"{file.name}: {error.strerror}, writing {place}") from None
         data, position = data[written:], position + written
-
-
-def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by name, as the shards that are trained.
-
-    After a forward without backward FSDP still shows whole copies, rounded to bf16, that no optimizer knows: drop them.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(model.named_parameters())
-
-
-def all_finite(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
-    """Whether no rank holds an infinity or NaN, also once in `dtype`: such weights are never published. Collective."""
-    floats = [p for p in sharded_parameters(model).values() if p.is_floating_point()]
-    finite = all(bool(local_slice(p)[0].to(dtype or p.dtype).isfinite().all()) for p in floats)
-    everyone = [finite]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, finite)
-    return all(everyone)
-
-
-def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """This rank's part of a tensor, to be read or changed in place, and where in the whole it starts.
-
-    With tensor parallelism FSDP cuts what is a part already: its _StridedShard stands left of the Shard that was
-    made before it. (compute_local_shape_and_global_offset is wrong there for 9 rows on 4 x 2 ranks.)
-    """
-    start, size = [0] * tensor.ndim, list(tensor.shape)
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), start
-    cuts = [(i, placement) for i, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
-    strided = [cut for cut in cuts if hasattr(cut[1], "split_factor")]
-    for i, placement in [cut for cut in cuts if cut not in strided] + strided[::-1]:
-        chunk = -(-size[placement.dim] // tensor.device_mesh.size(i))
-        before = min(tensor.device_mesh.get_local_rank(i) * chunk, size[placement.dim])
-        start[placement.dim] += before
-        size[placement.dim] = min(chunk, size[placement.dim] - before)
-    with torch.no_grad():
-        local = tensor.detach().to_local()
-    if list(local.shape) != size:
-        raise ValueError(f"{tensor.placements} of {list(tensor.shape)} gives {list(local.shape)}, not {size}")
-    return local, start
-
-
-def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))

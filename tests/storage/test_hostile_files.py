@@ -1,6 +1,6 @@
 """Whatever is in a folder of weights, it is read or refused in one line: nothing runs, nothing outside is read.
 
-HOSTILE_EXAMPLES=5000 pytest tests/test_hostile_files.py runs the long form: five kinds of folder, 25,000 mutated files.
+HOSTILE_EXAMPLES=5000 pytest tests/storage/test_hostile_files.py runs the long form: 25,000 changed folders.
 """
 
 import json
@@ -16,16 +16,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import saved, small_model
+from small_checkpoints import saved, small_state
 
-import lora
-from data import TINY_TOKENIZER
 from llama.boundary.errors import UserError
-from llama.data.tokenizer import load_tokenizer
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
-from llama.storage import checkpoint, pretrained
-from llama.training.optim import build_adamw
+from llama.data.tokenizer_files import load_tokenizer
+from llama.model import Llama, ModelConfig
+from llama.storage.atomic import digests
+from llama.storage.base import TINY_TOKENIZER, Base, config_to_json
+from llama.storage.checkpoint import load_checkpoint
+from llama.storage.manifest import _digest, read_manifest, verify
+from llama.storage.peft import Adapter, load_adapter, read_adapter, save_adapter
+from llama.storage.pretrained import export_model, hugging_face_parameters
+from llama.storage.slices import write_tensors
+from lora import apply_adapter, initialize_adapter
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 60))
 hostile = settings(derandomize=EXAMPLES < 1000, database=None, max_examples=EXAMPLES, deadline=None,
@@ -131,7 +134,7 @@ def scratch():
 
 
 def refusal(attempt) -> str:
-    """What is told of a folder that is not read; the only exception for it is a UserError of one printable line."""
+    """The line that refuses a folder, "" where it is read. No exception but a UserError of one printable line."""
     try:
         attempt()
     except UserError as error:
@@ -157,28 +160,27 @@ def check(attempt, files: dict[str, bytes], scratch: Path) -> None:
     @given(files=changed_folder(files))
     def attack(files):
         folder = lay_out(files, scratch / "folder")
-        told = refusal(lambda: attempt(folder))
+        line = refusal(lambda: attempt(folder))
         links = [name for name, content in files.items() if isinstance(content, str) and "/" in content]
-        assert told or not links, links
+        assert line or not links, links
 
     attack()
     assert memory("VmHWM") - before < MORE_MEMORY
 
 
 def load_model(folder: Path) -> None:
-    _, config, _ = pretrained.open_folder(folder, 64)
-    model = Llama(config)
-    pretrained.load(model, folder)
+    base = Base.pretrained(str(folder), 64)
+    base.load(Llama(base.config))
 
 
 def model_folder(scratch: Path, shards: bool) -> dict[str, bytes]:
     torch.manual_seed(0)
     folder, tokenizer = scratch / f"model{shards}", load_tokenizer(TINY_TOKENIZER)
-    pretrained.export(Llama(CONFIG), folder, CONFIG.to_dict(), tokenizer.files)
+    export_model(Llama(CONFIG), folder, config_to_json(CONFIG), tokenizer.files)
     if shards:
         (folder / "model.safetensors").unlink()
-        weights = pretrained._hugging_face_parameters(Llama(CONFIG))
-        pretrained.write_tensors(weights, folder, max_file_bytes=20_000)
+        weights = hugging_face_parameters(Llama(CONFIG))
+        write_tensors(weights, folder, max_file_bytes=20_000)
     return read(folder)
 
 
@@ -193,47 +195,43 @@ def test_a_model_folder_of_anybody_is_read_or_refused(scratch, shards):
 def test_an_adapter_of_anybody_is_read_or_refused(scratch):
     """R12, R13, C37."""
     model = Llama(CONFIG)
-    adapter = lora.Adapter(2, 4.0)
-    lora.apply(model, adapter)
-    lora.initialize(model, 0)
-    lora.save(model, scratch / "adapter", adapter, "base")
+    adapter = Adapter(2, 4.0)
+    apply_adapter(model, adapter)
+    initialize_adapter(model, 0)
+    save_adapter(model, scratch / "adapter", adapter, "base")
 
-    def load_adapter(folder: Path) -> None:
+    def load(folder: Path) -> None:
         fresh = Llama(CONFIG)
-        lora.apply(fresh, lora.read_adapter(folder))
-        lora.load(fresh, folder)
+        apply_adapter(fresh, read_adapter(folder))
+        load_adapter(fresh, folder)
 
-    check(load_adapter, read(scratch / "adapter"), scratch)
+    check(load, read(scratch / "adapter"), scratch)
 
 
 def test_a_checkpoint_of_anybody_is_read_or_refused(scratch):
     """R5, R12, R13, R14: also one whose manifest has a digest that fits."""
     saved(scratch / "run", [1])
 
-    def load_checkpoint(folder: Path, forge: bool) -> None:
+    def load(folder: Path, forge: bool) -> None:
         path = folder.parent / "step-000001"
         shutil.rmtree(path, ignore_errors=True)
         folder.rename(path)
         if forge:
             forge_digests(path)
-        manifest = checkpoint.read_manifest(path)
-        checkpoint.verify(path, manifest)
-        model = small_model()
-        checkpoint.load(path, model, build_adamw(model, 0.1, 0.0), 1)
+        verify(path, read_manifest(path))
+        load_checkpoint(path, small_state())
 
     files = read(scratch / "run/step-000001")
     for forge in (False, True):
-        check(partial(load_checkpoint, forge=forge), files, scratch)
+        check(partial(load, forge=forge), files, scratch)
 
 
 def forge_digests(path: Path) -> None:
     """What an attacker would do: make all digests right."""
-    from llama.storage.atomic import digests
-
     try:
         content = json.loads((path / "manifest.json").read_text())
         content["files"] |= digests(path, [name for name in content["files"] if (path / name).is_file()])
         content.pop("sha256")
-        (path / "manifest.json").write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
+        (path / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
         pass  # then as it is
