@@ -1,4 +1,4 @@
-"""What is optimised how: parameter groups, the learning rate as a pure function of the step, gradient norm."""
+"""The optimizer: its parameter groups, the learning rate as a pure function of the step, and the gradient's norm."""
 
 import math
 from functools import partial
@@ -10,15 +10,15 @@ from torch.distributed.tensor import DTensor
 from llama.training.adamw8bit import AdamW8bit
 
 SCHEDULES = ("constant", "linear", "cosine")
-COSINE_END = 0.1  # of the peak: where a cosine ends, at the last step
+COSINE_END = 0.1  # a cosine schedule ends at this part of its peak
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`.
 
-    Rises linearly to `peak` over the first warmup_ratio * steps. Then `constant`: stays; `linear`: falls so that it
-    would reach 0 one step after the last; `cosine`: falls to 0.1 * peak at the last step.
-    No state, no number of ranks, no micro-batches: resuming needs only the step.
+    It rises linearly to `peak` over the first warmup_ratio * steps. Then `constant` stays there, `linear` falls so that
+    it would reach 0 one step after the last, and `cosine` falls to 0.1 * peak at the last step.
+    It depends on nothing else, so a resumed run needs only its step number to continue the schedule.
     """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
@@ -39,8 +39,8 @@ def build_adamw(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) over the trainable parameters.
 
-    Weight decay pulls matrices towards 0; a norm's scale or a bias has no reason to be small and is left out.
-    Build it after sharding and before any forward, while the parameters are the shards.
+    Weight decay pulls matrices towards 0. Norm scales and biases need not be small, so they do not decay. Call this
+    after sharding, before any forward: only then are model.parameters() the fp32 shards that AdamW must update.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -52,36 +52,13 @@ def build_adamw(
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """sqrt of the sum of all squared gradients over all shards, an fp32 scalar, the same on every rank."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where the norm is larger than that. 0 leaves them as they are."""
+    """If norm > max_norm, multiply all gradients by max_norm / norm. max_norm = 0 switches clipping off."""
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
-
-
-def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What is kept of both moments of every trained parameter under the parameter's name, sharded as it is.
-
-    A fresh optimizer gets zero moments here, so that there is something to read a checkpoint into.
-    """
-    tensors = {}
-    for name, parameter in parameters.items():
-        if isinstance(optimizer, AdamW8bit):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.moments(parameter).items()}
-            continue
-        state = optimizer.state[parameter]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter, requires_grad=False)
-            tensors[f"{name}.{moment}"] = state[moment]
-    return tensors
-
-
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tell AdamW how many updates its moments have seen; the bias correction depends on it."""
-    on_device = not isinstance(optimizer, AdamW8bit)  # the fused kernel reads it there
-    for parameter, state in optimizer.state.items():
-        state["step"] = torch.tensor(float(step), device=parameter.device if on_device else "cpu")
+        trained = [p for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)

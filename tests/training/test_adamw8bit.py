@@ -14,12 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
-from llama.model.packed import PackedDocuments
-from llama.storage import checkpoint, pretrained
+from llama.boundary.errors import UserError
+from llama.model import Llama, ModelConfig, PackedDocuments
+from llama.storage import pretrained
+from llama.storage.checkpoint import Saver
+from llama.storage.manifest import read_manifest
 from llama.training.adamw8bit import SMALL, AdamW8bit, Moment, dynamic_code
-from llama.training.optim import build_adamw, optimizer_tensors
+from llama.training.optim import build_adamw
+from llama.training.state import restore, training_state
 
 # (rows, columns): rows that 2 and 4 ranks cannot share evenly, one and several blocks, cut blocks; small ones, vectors.
 SHAPES = {"wide": (11, 700), "square": (67, 64), "exact": (9, 512), "few rows": (2, 4096), "small": (7, 30),
@@ -254,27 +256,29 @@ def stream(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:-1], tokens[1:]
 
 
-def losses(kind: str) -> list[float]:
+def losses(kind: str, steps: int) -> list[float]:
     model = Llama(ModelConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.1))
-    pretrained.initialize(model, seed=0)
-    optimizer, told, rows = build_adamw(model, 3e-3, 0.1, 0.95, kind), [], torch.arange(256)
-    for step in range(200):
+    pretrained.initialize_weights(model, seed=0)
+    optimizer = build_adamw(model, 3e-3, 0.1, 0.95, kind)
+    rows, found = torch.arange(256), []
+    for step in range(steps):
         tokens, targets = stream(step)
         documents = PackedDocuments([128, 128])
-        loss = model(tokens, documents.positions, documents, rows, targets) / 256
+        loss = model(tokens, documents, rows, targets) / 256
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        told.append(float(loss.detach()))
+        found.append(float(loss.detach()))
     assert any(isinstance(state["exp_avg"], Moment) for state in optimizer.state.values()) == (kind == "adamw8bit")
-    return told
+    return found
 
 
-def test_a_llama_trained_for_200_steps_is_as_good_as_with_32_bits():
+@pytest.mark.parametrize("steps, fall, end", [(40, 1.5, 2.4), pytest.param(200, 2, 1.45, marks=pytest.mark.slow)])
+def test_a_trained_llama_is_as_good_as_with_32_bits(steps, fall, end):
     """Dettmers et al. 2022: the loss of the last steps within 1 %, on the way within 5 %; the floor is 1.28 nats."""
-    ours, theirs = (np.array(losses(kind)).reshape(10, 20).mean(1) for kind in ("adamw8bit", "adamw"))
-    assert theirs[0] > 2 * theirs[-1] and theirs[-1] < 1.45
+    ours, theirs = (np.array(losses(kind, steps)).reshape(-1, 20).mean(1) for kind in ("adamw8bit", "adamw"))
+    assert theirs[0] > fall * theirs[-1] and theirs[-1] < end
     assert ours[-1] == pytest.approx(theirs[-1], rel=0.01)
     np.testing.assert_allclose(ours, theirs, rtol=0.05)
 
@@ -294,14 +298,16 @@ def stepped(steps: int, folder: Path | None = None, load: bool = False) -> dict[
     optimizer = build_adamw(model, 1e-2, 0.1, 0.95, "adamw8bit")
     first = 0
     if load:
-        first = checkpoint.read_manifest(folder / f"step-{steps - 1:06d}").step
-        checkpoint.load(folder / f"step-{steps - 1:06d}", model, optimizer, first)
+        path = folder / f"step-{steps - 1:06d}"
+        manifest = read_manifest(path)
+        first = manifest.step
+        restore(path, manifest, model, optimizer)
     tensors = {}
     for step in range(first, steps):
         if step == steps - 1:
             tensors |= {f"before {name}": whole(t) for name, t in state_of(model, optimizer).items()}
             if folder and not load:
-                checkpoint.Saver(folder, 1).save(step, model, optimizer, {}, {})
+                Saver(folder, 1).save(step, training_state(model, optimizer), {}, {}, {})
         model.set_gradients(step)
         optimizer.step()
     local = sum(t.to_local().nbytes for t in state_of(model, optimizer).values())
@@ -309,8 +315,8 @@ def stepped(steps: int, folder: Path | None = None, load: bool = False) -> dict[
 
 
 def state_of(model: nn.Module, optimizer: AdamW8bit) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters())
-    return parameters | optimizer_tensors(parameters, optimizer)
+    state = training_state(model, optimizer)
+    return state["model"] | state["optimizer"]
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -319,7 +325,7 @@ def assert_same(found: dict, expected: dict) -> None:
         assert torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_sharded_moments_are_those_of_one_rank_bitwise(ranks, world):
     """R25: blocks do not reach from row to row; a rank may hold no row of a matrix; each holds its share of bytes."""
     (alone,) = ranks(1, stepped, 4)
@@ -345,14 +351,14 @@ def test_a_state_saved_on_two_ranks_continues_bitwise_on_one_and_four(ranks, tmp
 def test_a_state_of_another_kind_of_optimizer_is_refused(ranks, tmp_path):
     """R7: 8-bit codes are not read as if they were moments, nor the other way round."""
     ranks(1, stepped, 3, tmp_path)
-    (told,) = ranks(1, load_as, "adamw", tmp_path / "step-000002")
-    assert "optimizer" not in told and "wide.exp_avg" in told and "\n" not in told
+    (message,) = ranks(1, restore_as, "adamw", tmp_path / "step-000002")
+    assert "optimizer" not in message and "wide.exp_avg" in message and "\n" not in message
 
 
-def load_as(kind: str, path: Path) -> str:
+def restore_as(kind: str, path: Path) -> str:
     model = sharded()
     try:
-        checkpoint.load(path, model, build_adamw(model, 1e-2, 0.1, 0.95, kind), 2)
-    except ValueError as error:
+        restore(path, read_manifest(path), model, build_adamw(model, 1e-2, 0.1, 0.95, kind))
+    except UserError as error:
         return str(error)
     return ""

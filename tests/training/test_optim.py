@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
+from llama.model import Llama, ModelConfig
 from llama.training.optim import (
     COSINE_END,
     SCHEDULES,
@@ -18,8 +17,6 @@ from llama.training.optim import (
     clip_gradients,
     gradient_norm,
     learning_rate,
-    optimizer_tensors,
-    set_optimizer_step,
 )
 
 CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -188,28 +185,3 @@ def test_one_gradient_that_is_not_finite_shows_in_the_norm(poison):
     set_gradients(model, 0)
     model.layers[1].mlp.up_proj.bias.grad[3] = poison
     assert not gradient_norm(model).isfinite()
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_moments_and_step_moved_to_a_new_optimizer_continue_bitwise(steps):
-    """C48: the moments by name and the step's number are all that AdamW knows."""
-    torch.manual_seed(0)
-    model, copy = Llama(CONFIG), Llama(CONFIG)
-    optimizer = build_adamw(model, 0.01, 0.1)
-    for step in range(steps):
-        set_gradients(model, step)
-        optimizer.step()
-    copy.load_state_dict(model.state_dict())
-    fresh = build_adamw(copy, 0.01, 0.1)
-    moments = optimizer_tensors(dict(copy.named_parameters()), fresh)
-    assert all((moment == 0).all() for moment in moments.values())
-    if steps:
-        for name, moment in optimizer_tensors(dict(model.named_parameters()), optimizer).items():
-            moments[name].copy_(moment)
-    set_optimizer_step(fresh, steps)
-    for step in (8, 9):
-        for one, its in ((model, optimizer), (copy, fresh)):
-            set_gradients(one, step)
-            its.step()
-    for a, b in zip(model.parameters(), copy.parameters(), strict=True):
-        assert torch.equal(a, b)

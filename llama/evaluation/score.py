@@ -1,0 +1,80 @@
+"""The loss of a model on labelled examples, and how often it prefers the right answer word."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from llama.boundary.errors import UserError
+from llama.data.batches import deal, pack
+from llama.data.chat import Renderer
+from llama.data.examples import EncodedData
+from llama.data.tokenizer import Tokenizer
+from llama.model import Llama
+from llama.parallel.processes import Process
+
+
+def answer_ids(template: Renderer, tokenizer: Tokenizer) -> list[int]:
+    """The first token of each answer word. Raises UserError when two words begin with the same token."""
+    ids = []
+    for word in template.answers:
+        tokens = tokenizer.encode(word, starts_text=False)
+        if not tokens:
+            raise UserError(f"{tokenizer.path}: has no token for {word!r}")
+        ids.append(tokens[0])
+    if len(set(ids)) < len(ids):
+        raise UserError(
+            f"{tokenizer.path}: the answers {template.answers} begin with the same token, so one forward cannot tell "
+            "them apart"
+        )
+    return ids
+
+
+def sample_indices(examples: int, limit: int) -> np.ndarray:
+    """A fixed random choice of `limit` examples (0: all). The first ones would not do: files are often sorted by label.
+    """
+    if not 0 < limit < examples:
+        return np.arange(examples)
+    return np.sort(np.random.default_rng(0).permutation(examples)[:limit])
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+def evaluate(
+    model: Llama, data: EncodedData, process: Process, batch_size: int, limit: int = 0, words: list[int] | None = None
+) -> tuple[dict, dict[int, int]]:
+    """Metrics over all ranks, and this rank's predictions {example: index of the answer word}.
+
+        loss       sum of the negative log-likelihoods of all labelled tokens / their number, in nats
+        accuracy   how often the right one of the answer `words` (token ids) is the likeliest of them
+        n          examples scored, each exactly once
+
+    Neither batch size nor number of ranks changes them. The model is left in eval mode. Collective.
+    """
+    model.eval()
+    indices = sample_indices(len(data), limit)
+    # Every rank runs the same number of forwards: inside each, FSDP gathers weights, which is collective.
+    rounds = -(-len(indices) // (batch_size * process.world_size))
+    batches = deal(indices.tolist(), data.lengths, rounds * process.world_size, batch_size)
+    mine = batches[process.rank :: process.world_size]
+    sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, labels, right answers, examples
+    predicted = {}
+    for part in tqdm(mine, desc="evaluating", unit=" batches", disable=not process.is_rank_zero, leave=False):
+        batch = pack(data, part, process.device)
+        right = 0
+        if words is None:
+            loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
+        else:
+            log_p = model.logits(batch.tokens, batch.documents, batch.rows).float().log_softmax(-1)
+            loss = -log_p.gather(1, batch.targets[:, None]).sum()
+            first_labels = np.cumsum([0, *batch.labels_per_example])[:-1]
+            guesses = log_p[first_labels][:, words].argmax(-1).tolist()
+            right = sum(guess == data.answers[i] for i, guess in zip(part, guesses, strict=True))
+            predicted |= dict(zip(part, guesses, strict=True))
+        counts = torch.tensor([len(batch.targets), right, len(batch.indices)], dtype=torch.float64)
+        sums += torch.cat([loss.double().reshape(1), counts.to(process.device)])
+    dist.all_reduce(sums)
+    loss, labels, right, examples = sums.tolist()
+    if not np.isfinite(loss):
+        raise UserError(f"the loss over {int(examples)} held-out examples is {loss}: the model's weights are unusable")
+    accuracy = {} if words is None else {"accuracy": right / examples}
+    return {"loss": loss / labels, **accuracy, "n": int(examples)}, predicted

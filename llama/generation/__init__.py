@@ -1,0 +1,1 @@
+"""Text generation: not built yet. A KV cache will be a second AttentionContext, beside PackedDocuments."""

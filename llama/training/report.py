@@ -1,0 +1,199 @@
+"""What a run reports: on the screen, in run.json, metrics.jsonl, loss.png and summary.json. Only rank 0 reports."""
+
+import json
+import platform
+import resource
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from llama.boundary.durable import replace_durably
+from llama.boundary.errors import UserError
+from llama.model.quantize import bytes_per_weight
+from llama.parallel.collectives import fail_together
+from llama.parallel.processes import Process
+from llama.storage.checkpoint import set_aside
+from llama.training.curve import draw_loss_curve
+from llama.training.journal import Journal
+from llama.training.plan import BEGUN, Plan
+from llama.training.settings import TrainingSettings
+
+
+class Report:
+    """The reporter of a run. Every rank has one and calls it alike; those of ranks other than 0 are silent."""
+
+    def __init__(self, settings: TrainingSettings, plan: Plan, process: Process):
+        self.settings, self.plan, self.process = settings, plan, process
+        self.journal: Journal | None = None  # on rank 0, once the run has begun
+        self.bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        if self.process.is_rank_zero:
+            tqdm.write(text)  # a print that leaves a progress bar whole
+
+    def progress_bar(self) -> tqdm:
+        """Show how many steps are done, until the bar is closed."""
+        first, steps = self.plan.first_step, self.plan.steps
+        self.bar = tqdm(total=steps, initial=first, unit=" steps", disable=not self.process.is_rank_zero)
+        return self.bar
+
+    def begin(self, model: nn.Module, examples: dict, notes: list[str]) -> None:
+        """Save and print what this run is, with every default resolved. `examples` are counts of the data, `notes` what
+        its user should know about it. Collective."""
+        output = self.plan.output
+        with fail_together(output):
+            if not self.process.is_rank_zero:
+                return
+            if self.plan.saved:
+                for moved in set_aside(self.plan.saved.parent, self.plan.first_step):
+                    self.say(f"{moved}: set aside, it was after step {self.plan.first_step}")
+            (output / "summary.json").unlink(missing_ok=True)  # of a finished run that now goes on
+            resolved = self._resolved_settings()
+            imbalance = self.plan.schedule.imbalance(self.process.world_size)
+            about = {
+                "settings": resolved,
+                "examples": examples | {"imbalance": round(imbalance, 5)},
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            }
+            replace_durably(output / "run.json", json.dumps(about, indent=2) + "\n")
+            self._introduce(model, resolved, notes, imbalance)
+            self.journal = Journal(output, self.plan.first_step)
+            if self.process.store:
+                self.process.store.set(BEGUN, "")
+
+    def _resolved_settings(self) -> dict:
+        identity = self.plan.identity
+        resolved = asdict(self.settings)
+        resolved |= {name: identity[name] for name in ("template", "dtype", "steps", "global_batch")}
+        resolved |= {f"lora_{name}": value for name, value in (identity["lora"] or {}).items()}
+        return resolved | {
+            "bundled_sample": identity["bundled_sample"],
+            "output": str(self.plan.output),
+            "ranks": self.process.world_size,
+            "device": self.process.device.type,
+        }
+
+    def _introduce(self, model: nn.Module, resolved: dict, notes: list[str], imbalance: float) -> None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        packed = bytes_per_weight(model)
+        packed_text = f"; frozen linears at {packed:.3f} bytes a weight" if packed else ""
+        self.say(f"{trained:,} trainable parameters{packed_text}")
+        self.say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
+        for note in notes:
+            self.say(note)
+        self.say(f"the rank with the most tokens has {imbalance:.2%} more than the mean")
+        for left_over in sorted((self.plan.output / "checkpoints").glob("step-*.tmp")):
+            self.say(f"{left_over}: was not finished, and is left out")
+        if self.settings.resume or self.plan.saved:
+            lacking = "" if self.plan.saved else " (it has no checkpoint)"
+            self.say(f"resuming after step {self.plan.first_step} of {self.plan.steps} in {self.plan.output}{lacking}")
+
+    def write(self, **line) -> None:
+        """Add a line to metrics.jsonl. If the disk refuses it, the next `check` raises."""
+        if self.journal:
+            self.journal.write(**line)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.journal and self.journal.error)
+
+    def check(self) -> None:
+        """Raises UserError, on every rank, when a line could not be written. Collective."""
+        with fail_together(self.plan.output):
+            if self.failed:
+                raise self.journal.error
+
+    def step(self, done: int, loss: float, norm: float, rate: float, counts: dict) -> None:
+        """A line for an optimizer step; `counts` are its examples, tokens, labels and seconds."""
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if done % self.settings.log_every and done != self.plan.steps:
+            return
+        seconds = counts["seconds"]
+        self.write(
+            step=done,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=counts["tokens"],
+            labels=counts["labels"],
+            examples_per_second=counts["examples"] / seconds,
+            tokens_per_second=counts["tokens"] / seconds,
+            peak_memory_bytes=peak_memory(self.process.device),
+            seconds=seconds,
+        )
+
+    def held_out(self, step: int, metrics: dict) -> dict:
+        """A line for an evaluation on held-out data. Returns the metrics."""
+        if metrics:
+            self.write(step=step, held_out=metrics)
+        if metrics or step == 0:
+            when = f"step {step}" if step else "before training"
+            self.say(f"{when}: {in_words(metrics)}")
+        return metrics
+
+    def stopped(self, signal_name: str, done: int) -> None:
+        self.say(
+            f"{signal_name}: saved and stopped after step {done} of {self.plan.steps}; continue with --resume --output "
+            f"{self.plan.output}"
+        )
+
+    def held_out_before(self) -> dict:
+        """What an earlier part of this run measured before its first step; {} where it did not."""
+        lines = self.journal.lines if self.journal else []
+        return next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
+
+    def finish(self, result: str, totals: dict, before: dict, after: dict, total_seconds: float) -> None:
+        """Draw the loss curve; write and print the summary. `result` is the folder that was exported; `before` and
+        `after` are metrics on held-out data. Collective."""
+        peak = torch.tensor(peak_memory(self.process.device), dtype=torch.int64, device=self.process.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        output = self.plan.output
+        with fail_together(output):
+            if not self.journal:
+                return
+            self.journal.close()
+            if not self.journal.path.exists():
+                raise UserError(f"{self.journal.path}: deleted during the run; {result}/ was written, nothing else")
+            identity, seconds = self.plan.identity, totals["seconds"]  # of the steps, without evaluations and saves
+            speed = {f"{name}_per_second": totals[name] / seconds for name in ("examples", "tokens")}
+            summary = {
+                "data": identity["data"],
+                "bundled_sample": identity["bundled_sample"],
+                "model": identity["model"],
+                "ranks": self.process.world_size,
+                "steps": self.plan.steps,
+                **{name: totals[name] for name in ("examples", "tokens", "labels")},
+                "train_seconds": seconds,
+                "total_seconds": total_seconds,
+                **speed,
+                "peak_memory_bytes": int(peak),
+                "before": before,
+                "after": after,
+            }
+            sample = " (bundled sample)" if identity["bundled_sample"] else ""
+            title = f"{identity['model']} on {identity['data']}{sample}"
+            draw_loss_curve(self.journal.lines, output / "loss.png", title)
+            replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: the run is over
+        self.say(f"before: {in_words(before)}\nafter:  {in_words(after)}")
+        self.say(
+            f"{speed['examples_per_second']:.1f} examples and {speed['tokens_per_second']:.0f} tokens a second; "
+            f"{result}/, loss.png, metrics.jsonl and summary.json are in {output}"
+        )
+
+
+def in_words(metrics: dict) -> str:
+    if not metrics:
+        return "no held-out data"
+    return ", ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in metrics.items())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator where there is one, else the most memory that this process ever had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,148 @@
+"""Scoring: every example once, and the numbers of a plain loop for any batch size and number of ranks."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reviews import BUNDLED, CONFIG, IMDB, example_by_example, plain_model, write_reviews
+from sharded import build, this_process
+
+from llama.boundary.errors import UserError
+from llama.boundary.untrusted import read_json
+from llama.data.examples import EncodedData, encode_file
+from llama.data.templates import Template
+from llama.data.tokenizer_files import load_tokenizer
+from llama.evaluation.score import answer_ids, evaluate, sample_indices
+from llama.storage import pretrained
+from llama.storage.base import config_from_json
+
+SLOW = pytest.mark.slow
+BATCH_SIZES = (1, 3, 8)
+# Answers of several tokens, and of different numbers of them.
+WORDY = Template("wordy", IMDB.source.replace("{label=negative,positive}", "{label=bad and rather too long,good one}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("llama-cache")
+        patched.setenv("LLAMA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory) -> tuple[Path, list[int]]:
+    """19 encoded reviews with wordy answers, as a folder that any rank can open; and the answers' first tokens."""
+    folder = tmp_path_factory.mktemp("wordy")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LLAMA_CACHE", str(folder))
+        tokenizer = load_tokenizer(BUNDLED)
+        encode_file(write_reviews(folder / "test.jsonl", 19), WORDY, tokenizer, 512)
+        (encoded,) = [path for path in folder.iterdir() if path.is_dir()]
+        return encoded, answer_ids(WORDY, tokenizer)
+
+
+def opened(folder: Path) -> EncodedData:
+    return EncodedData.open(folder, Path("test.jsonl"))
+
+
+def score_on_rank(
+    folder: Path, model_folder: Path | None = None, batch_sizes=BATCH_SIZES, every_token: bool = False, **arguments
+) -> list:
+    """On each rank, for each batch size: the metrics, this rank's predictions, how many forwards it ran."""
+    encoded = opened(folder).labelling_prompts() if every_token else opened(folder)
+    process = this_process()
+    if model_folder:
+        config = config_from_json(read_json(model_folder, "config.json"))
+        model = build(config, process)
+        pretrained.load_weights(model, model_folder)
+    else:
+        model = build(CONFIG, process)
+        pretrained.initialize_weights(model, seed=1)
+    forwards, results = [], []
+    model.norm.register_forward_hook(lambda *_: forwards.append(1))  # each forward comes through it once
+    for batch_size in batch_sizes:
+        forwards.clear()
+        results.append((*evaluate(model, encoded, process, batch_size, **arguments), len(forwards)))
+    return results
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
+def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size):
+    """C51, C52, C44: for any batch size and number of ranks; each example once, and as many forwards on each rank."""
+    folder, words = wordy
+    loss, accuracy, n, predictions = example_by_example(plain_model(), opened(folder), words)
+    assert n == 19 and 0 < accuracy < 1 and len(set(predictions.values())) == 2
+    by_rank = ranks(size, score_on_rank, folder, words=words)
+    for batch_size, results in zip(BATCH_SIZES, zip(*by_rank, strict=True), strict=True):
+        merged = {}
+        for metrics, predicted, forwards in results:
+            assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": 19}
+            assert forwards == -(-19 // (size * batch_size))
+            assert merged.keys().isdisjoint(predicted)
+            merged |= predicted
+        assert merged == predictions
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_loss_and_perplexity_are_the_sum_of_losses_over_the_number_of_tokens(ranks, wordy, every_token):
+    """C52: not a mean of means; over the answers, or over all tokens but each example's first."""
+    folder, words = wordy
+    encoded = opened(folder)
+    loss, _, _, _ = example_by_example(plain_model(), encoded, words, every_token)
+    for results in ranks(2, score_on_rank, folder, every_token=every_token):
+        for metrics, predicted, _ in results:
+            assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "n": 19} and predicted == {}
+
+
+@pytest.mark.parametrize("size, limit", [(2, 1), *(pytest.param(3, limit, marks=SLOW) for limit in (1, 2, 7))])
+def test_fewer_examples_than_ranks_do_not_hang(ranks, wordy, size, limit):
+    """C44, R19: a rank without examples joins the others' forwards, and the metrics are of those there are."""
+    folder, words = wordy
+    chosen = sample_indices(19, limit).tolist()
+    loss, accuracy, _, predictions = example_by_example(plain_model(), opened(folder), words, indices=chosen)
+    by_rank = ranks(size, score_on_rank, folder, batch_sizes=[4], limit=limit, words=words)
+    assert {i: guess for ((_, part, _),) in by_rank for i, guess in part.items()} == predictions
+    for ((metrics, _, forwards),) in by_rank:
+        assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": limit} and forwards == 1
+
+
+def test_a_limit_is_a_fixed_random_choice_and_not_the_first_of_a_file_sorted_by_label():
+    """Files come sorted by label: half of the choice, more or less, is of either."""
+    chosen = sample_indices(25_000, 1000).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) == 1000 and 0 <= chosen[0] < chosen[-1] < 25_000
+    assert 450 < sum(i >= 12_500 for i in chosen) < 550
+    np.random.seed(5)
+    assert sample_indices(25_000, 1000).tolist() == chosen
+    for limit in (0, 10, 11):
+        assert sample_indices(10, limit).tolist() == list(range(10))
+
+
+def test_perplexity_of_a_real_model_equals_that_of_transformers(ranks, assets, tmp_path):
+    """C52, RELIABILITY 4.2: stories260K over whole reviews, each given to transformers alone and unpadded."""
+    from transformers import AutoModelForCausalLM
+
+    folder = assets / "stories260K"
+    encoded = encode_file(write_reviews(tmp_path / "test.jsonl", 5), IMDB, load_tokenizer(folder), 400)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nll, tokens = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(encoded)):
+            ids = torch.from_numpy(np.array(encoded[i][0])).long()[None]
+            nll += float(peer(ids, labels=ids).loss) * (ids.numel() - 1)
+            tokens += ids.numel() - 1
+    (cached,) = [path for path in Path(os.environ["LLAMA_CACHE"]).iterdir() if path.is_dir()
+                 and np.array_equal(opened(path).tokens, encoded.tokens)]  # fmt: skip
+    for results in ranks(2, score_on_rank, cached, folder, batch_sizes=[2], every_token=True):
+        assert np.exp(results[0][0]["loss"]) == pytest.approx(np.exp(nll / tokens), rel=1e-5)
+
+
+def test_answers_that_begin_alike_are_refused():
+    """One forward looks at the first token of each answer; two that share it could not be told apart."""
+    tokenizer = load_tokenizer(BUNDLED)
+    with pytest.raises(UserError, match="begin with the same token"):
+        answer_ids(Template("alike", "{text}[[ {label=positive,positive not}]]"), tokenizer)
+    ids = answer_ids(IMDB, tokenizer)
+    assert [tokenizer.decode([i], starts_text=False) for i in ids] == [" negative", " positive"]
