@@ -1,78 +1,52 @@
 """Low-rank adapters (LoRA), by hand: a few trainable numbers beside a frozen model.
 
-    y = W x + s B A x        A (r, in) random, B (out, r) zeros at the start: at step 0 nothing changes
+    y = W x + s B A x        A (r, in) random, B (out, r) zeros: at the start y is what the base alone computes
 
-What it saves: W gets no gradient and no moments, 12 of full fine-tuning's 16 bytes a weight. The gradient of x still
-runs through every W. Hu et al. 2021, https://arxiv.org/abs/2106.09685. s = alpha / r, or alpha / sqrt(r) in rsLoRA
+Full fine-tuning takes 16 bytes a weight: 4 for W, 4 for its gradient, 8 for its moments; with LoRA, W needs only the
+first 4 (the backward still runs through it). Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale s is
+alpha / r, or alpha / sqrt(r) in rsLoRA
 (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that the size of an update does not shrink with the rank.
 DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m of each row:
 
-    y = m / ||W + s B A|| (W + s B A) x        the norm is of each row of (out, in), a constant in the backward
+    y = m / ||W + s B A|| (W + s B A) x        ||.|| is one norm per row (out); no gradient flows through it
 
-An adapter is put on from outside; the model does not know. Its files are PEFT's. This script folds one into its base:
+`apply_adapter` puts adapters into a finished model. Run as a script, this file merges an adapter into its base:
 
     python lora.py --model DIR --adapter runs/alpaca-DIR/adapter --output merged
 """
 
-import json
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from llama.boundary.command_line import CheckedSettings, parse, run, setting
-from llama.boundary.errors import UserError, WeightsError
-from llama.boundary.hub import find_model
-from llama.boundary.untrusted import read_json_text
-from llama.model.quantize import KINDS, QuantizedLinear, quantize
-from llama.parallel.collectives import first_rank, together
-from llama.parallel.distribute import build, ranks
-from llama.storage import pretrained
-from llama.storage.atomic import appearing, write_durably
-from llama.storage.slices import (
-    all_finite,
-    local_slice,
-    read_tensors,
-    region,
-    sharded_parameters,
-    write_tensors,
-)
-
-VARIANTS = ("lora", "rslora", "dora")
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter is: r, alpha, dropout on its input while training, variant, and the linears it sits on."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    variant: str = "lora"
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+from llama.boundary.command_line import parse, run
+from llama.boundary.errors import UserError, as_user_error
+from llama.boundary.records import Settings, setting
+from llama.model import Llama
+from llama.model.quantize import KINDS, Int8Linear, NF4Linear, QuantizedLinear, quantize
+from llama.parallel.distribute import distribute, on_meta
+from llama.parallel.processes import Process, join
+from llama.parallel.shards import all_finite, draw, local_slice, whole_tensor
+from llama.storage.base import Base
+from llama.storage.peft import ALL_LINEAR, Adapter, load_adapter, read_adapter
+from llama.storage.pretrained import export_model
 
 
 class LoRALinear(nn.Linear):
-    """A linear with an adapter. `weight` and `bias` stay where they were, so base checkpoints load untouched.
+    """A linear with an adapter. `weight` and `bias` keep their names, so base checkpoints load untouched.
 
     Its children are lora_A and lora_B, and for DoRA there is the parameter lora_magnitude_vector (out). Freezing the
-    base is the model's business (`apply`). Dropout, where asked for, is on the adapter's input only.
+    base is up to `apply_adapter`. Dropout, where asked for, is on the adapter's input only.
     """
 
     def add_adapter(self, adapter: Adapter) -> None:
         device = self.weight.device
         self.scaling, self.dropout = adapter.scaling, adapter.dropout
-        # fp32 whatever the base is in: updates are far smaller than bf16 can tell apart.
+        # fp32 whatever the base is in: bf16 would round most updates away.
         self.lora_A = nn.Linear(self.in_features, adapter.rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(adapter.rank, self.out_features, bias=False, device=device, dtype=torch.float32)
         self.lora_magnitude_vector = Magnitude(self.out_features, device) if adapter.variant == "dora" else None
@@ -80,22 +54,40 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
         base = super().forward(x)
-        low = self.lora_A(F.dropout(x, self.dropout, self.training) if self.dropout else x) * self.scaling
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = self.lora_A(dropped) * self.scaling  # (T, r)
         y = torch.addmm(base, low, self.lora_B.weight.t())
         if self.lora_magnitude_vector is None:
             return y
         magnitude = self.lora_magnitude_vector.weight
-        norms = self.row_norms().to(magnitude.dtype)  # rounded as m is: the ratio is exactly 1 at the start
-        nothing = norms == 0  # a row of zeros has no length to learn
-        ratio = (magnitude + nothing) / (norms + nothing)
-        return y * ratio if self.bias is None else y + (ratio - 1) * (y - self.bias)
+        # FSDP gathers m in the compute dtype. Norms rounded to it, too, make the ratio exactly 1 at the start.
+        ratio = length_ratio(magnitude, self.row_norms().to(magnitude.dtype))
+        return y * ratio if self.bias is None else y + (ratio - 1) * (y - self.bias)  # the bias is not scaled
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W + s B A|| of each row (out), fp32."""
-        base = self.base_weight() if isinstance(self, QuantizedLinear) else self.weight
         delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
-        return torch.linalg.vector_norm(base.float() + self.scaling * delta, dim=1)
+        return torch.linalg.vector_norm(self.base_weight().float() + self.scaling * delta, dim=1)
+
+    def base_weight(self) -> Tensor:
+        """W (out, in)."""
+        return self.weight
+
+
+class LoRAInt8Linear(LoRALinear, Int8Linear):
+    """An adapter over a frozen linear of 8 bits a weight."""
+
+    base_weight = Int8Linear.base_weight  # not LoRALinear's, which comes first in the class order
+
+
+class LoRANF4Linear(LoRALinear, NF4Linear):
+    """An adapter over a frozen linear of 4 bits a weight (QLoRA)."""
+
+    base_weight = NF4Linear.base_weight
+
+
+WITH_ADAPTER = {nn.Linear: LoRALinear, Int8Linear: LoRAInt8Linear, NF4Linear: LoRANF4Linear}
 
 
 class Magnitude(nn.Module):
@@ -106,40 +98,34 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, device=device, dtype=torch.float32))
 
 
-def apply(model: nn.Module, adapter: Adapter) -> None:
+def length_ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / ||W + s B A|| for each row; 1 for a row of zeros, which has no direction to stretch."""
+    is_zero = norms == 0
+    return (magnitude + is_zero) / (norms + is_zero)
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Freeze the model and put an adapter on each target, in place: every base parameter keeps its name.
 
     A target is the end of a module's name, such as q_proj, or `all-linear`: all in the decoder layers. Raises
-    UserError for one that matches nothing.
+    UserError for a target that matches nothing.
     """
     model.requires_grad_(False)
     linears = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
     chosen = set()
     for target in adapter.targets:
+        # A target may be any end of the full name "model.layers.0.mlp.up_proj", as in PEFT; whole words only.
         found = [name for name in linears if target == ALL_LINEAR or f".model.layers.{name}".endswith(f".{target}")]
         if not found:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise UserError(f"LoRA target {target!r:.80}: no such linear in the decoder layers, expected {ALL_LINEAR} "
-                            f"or some of {known}")
+            expected = f"{ALL_LINEAR} or some of {known}"
+            raise UserError(f"LoRA target {target!r:.80}: no such linear in the decoder layers, expected {expected}")
         chosen.update(found)
-    for name in linears.keys() & chosen:
+    for name in chosen:
         linear = linears[name]
-        # As FSDP does to what it shards: another class over the same module. Its forward calls the base's own.
-        linear.__class__ = _with_adapter(type(linear))
+        # Change the object's class instead of wrapping it (FSDP does the same): parameter names and hooks stay.
+        linear.__class__ = WITH_ADAPTER[type(linear)]
         linear.add_adapter(adapter)
-
-
-@cache  # one class for all linears of a kind: compiled code is shared by type
-def _with_adapter(base: type[nn.Linear]) -> type[LoRALinear]:
-    return LoRALinear if base is nn.Linear else type(f"LoRA{base.__name__}", (LoRALinear, base), {})
-
-
-def prepare(model: nn.Module, adapter: Adapter | None, kind: str) -> None:
-    """What is done to a model before it is sharded: pack its linears (`kind`: none, int8, nf4), then adapt them."""
-    if kind != "none":
-        quantize(model, kind)
-    if adapter:
-        apply(model, adapter)
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
@@ -147,157 +133,137 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-# Values
-
-
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """A uniform in +-1/sqrt(in) (as PEFT: He et al. 2015), B zero, m the rows' own lengths; load the base before.
+def initialize_adapter(model: nn.Module, seed: int) -> None:
+    """Set lora_A to uniform in +-1/sqrt(in) (as PEFT does, He et al. 2015), lora_B to 0, m to the norms of W's rows.
 
-    The same for any number of ranks: each draws an A whole, from a generator seeded by `seed` and its name, and keeps
-    its part.
+    The base weights must be loaded already. The numbers do not depend on the number of ranks.
     """
     for name, linear in adapted(model).items():
-        generator = pretrained.seeded_generator(seed, name)
-        whole = torch.empty(linear.lora_A.weight.shape).uniform_(-1, 1, generator=generator)
-        whole /= math.sqrt(linear.in_features)
-        local, start = local_slice(linear.lora_A.weight)
-        local.copy_(whole[region(start, local)])
+
+        # `columns` is a default argument so that each function keeps its own linear's value.
+        def uniform(whole: Tensor, generator: torch.Generator, columns: int = linear.in_features) -> None:
+            whole.uniform_(-1, 1, generator=generator)
+            whole /= math.sqrt(columns)
+
+        draw(linear.lora_A.weight, name, seed, uniform)
         local_slice(linear.lora_B.weight)[0].zero_()
         if linear.lora_magnitude_vector is not None:
-            local_slice(linear.lora_magnitude_vector.weight)[0].copy_(
-                torch.linalg.vector_norm(_local_rows(linear).float(), dim=1))
+            lengths = torch.linalg.vector_norm(_local_rows(linear).float(), dim=1)
+            local_slice(linear.lora_magnitude_vector.weight)[0].copy_(lengths)
 
 
 def _local_rows(linear: LoRALinear) -> Tensor:
     """This rank's rows of W."""
-    if isinstance(linear, QuantizedLinear):
-        packed = [local_slice(tensor)[0] for tensor in linear.packed_weight().values()]
-        return linear.dequantize_rows(*packed, dtype=torch.float32)
-    return local_slice(linear.weight)[0]
+    if not isinstance(linear, QuantizedLinear):
+        return local_slice(linear.weight)[0]
+    packed = [local_slice(tensor)[0] for tensor in linear.packed_weight().values()]
+    return linear.dequantize_rows(*packed, dtype=torch.float32)
 
 
 @torch.no_grad()
 def merge(model: nn.Module, quantized: str | None = None) -> None:
-    """Fold every adapter into its base and take it off: the model computes the same without it. Collective.
+    """Add every adapter to its base weight and remove it; the model's output stays the same. Collective.
 
-    W <- W + s B A, and for DoRA its rows scaled to length m. `quantized`: the adapter was trained over a base of this
-    kind, so all that `quantize` packs is first rounded as it was there; merged into the weights themselves, it would be
-    another model. Raises UserError where `quantize` would, ValueError for a base that is still packed.
+    W <- W + s B A, and for DoRA its rows scaled to length m. `quantized`: int8 or nf4 if the adapter was trained over
+    such a base. Then W is first rounded in the same way, because the adapter has learned to correct that rounding.
+    Raises ValueError if the model itself is quantised, and where `quantize` would raise it.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ValueError("merge: the base is packed; build it plain, and say what it was in `quantized`")
-    for name, linear in model.layers.named_modules():
-        if quantized and isinstance(linear, nn.Linear) and ".lora_" not in name:
-            kind = KINDS[quantized]
-            kind.check(name, linear)
-            weight = local_slice(linear.weight)[0]
-            weight.copy_(kind.dequantize_rows(*kind.quantize_rows(weight).values(), dtype=torch.float32))
+        raise ValueError("merge: the model is quantised; open it without --quantize and pass `quantized` instead")
+    if quantized:
+        _round_as(model, quantized)
     for linear in adapted(model).values():
         weight = local_slice(linear.weight)[0]
-        rows = weight.float()
-        low = linear.lora_A.weight.detach()
-        low = low.full_tensor() if isinstance(low, DTensor) else low
-        rows = rows + linear.scaling * (local_slice(linear.lora_B.weight)[0].float() @ low.float())
+        low = whole_tensor(linear.lora_A.weight.detach())
+        delta = local_slice(linear.lora_B.weight)[0].float() @ low.float()
+        rows = weight.float() + linear.scaling * delta
         if linear.lora_magnitude_vector is not None:
             magnitude = local_slice(linear.lora_magnitude_vector.weight)[0].float()
-            norms = torch.linalg.vector_norm(rows, dim=1)
-            rows *= ((magnitude + (norms == 0)) / (norms + (norms == 0)))[:, None]
+            rows *= length_ratio(magnitude, torch.linalg.vector_norm(rows, dim=1))[:, None]
         weight.copy_(rows)
         linear.__class__ = nn.Linear
         for child in ("lora_A", "lora_B", "lora_magnitude_vector"):
             delattr(linear, child)
 
 
-# Files, in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)
+def _round_as(model: nn.Module, kind: str) -> None:
+    """Round the linears of the decoder layers as `quantize` does, and keep them as plain weights."""
+    packed = KINDS[kind]
+    for name, linear in model.layers.named_modules():
+        if isinstance(linear, nn.Linear) and ".lora_" not in name:
+            packed.check(name, linear)
+            weight = local_slice(linear.weight)[0]
+            weight.copy_(packed.dequantize_rows(*packed.quantize_rows(weight).values(), dtype=torch.float32))
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-LARGEST_RANK = 1 << 16
+
+# The whole way from a model's name to a sharded model: on the meta device, changed, sharded, loaded
 
 
-def save(model: nn.Module, folder: Path, adapter: Adapter, base: str) -> None:
-    """Write a folder that PEFT opens; it appears under its name once it is whole. Collective.
+@dataclass(frozen=True)
+class Changes:
+    """What is done to a model before it is sharded: linears packed, an adapter put on, parts frozen."""
 
-    Raises WeightsError, on every rank, if the name is taken or any rank cannot write.
+    quantize: str = "none"
+    adapter: Adapter | None = None
+    train_layers: str = "all"  # "none" freezes everything, for a model that is only used
+    adapter_folder: str | None = None  # where the adapter's weights are; None: they start from random ones
+
+    def apply(self, model: Llama) -> None:
+        """Quantise first: it replaces the linears that the adapter is then put on. Raises UserError on a misfit."""
+        if self.quantize != "none":
+            with as_user_error(f"--quantize {self.quantize}"):
+                quantize(model, self.quantize)
+        if self.adapter:
+            apply_adapter(model, self.adapter)
+        if self.train_layers == "none":
+            model.requires_grad_(False)
+        elif self.train_layers != "all":
+            train_only(model, self.train_layers.split(","))
+
+    def load(self, model: Llama, seed: int = 0) -> None:
+        """Fill the adapter of a sharded model whose base is loaded. Collective."""
+        if self.adapter_folder:
+            load_adapter(model, self.adapter_folder)
+        elif self.adapter:
+            initialize_adapter(model, seed)
+
+
+def train_only(model: Llama, parts: list[str]) -> None:
+    """Freeze all but the named parts: last:N layers, norm, lm_head, embed_tokens.
+
+    The backward stops at the lowest trained part: autograd computes nothing below it. Raises UserError for a part that
+    the model does not have.
     """
-    targets = list(adapter.targets)
-    if ALL_LINEAR in targets:  # which PEFT would look for anew, in another model
-        targets = sorted({name.rpartition(".")[2] for name in adapted(model)})
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": adapter.rank,
-        "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout, "target_modules": targets, "bias": "none",
-        "use_rslora": adapter.variant == "rslora", "use_dora": adapter.variant == "dora", "inference_mode": True,
-    }
-    with appearing(folder, {CONFIG, f"{WEIGHTS}.safetensors"}.__contains__) as unfinished:
-        with together(unfinished):
-            if first_rank():
-                write_durably(unfinished / CONFIG, json.dumps(about, indent=2) + "\n")
-        write_tensors(_peft_tensors(model), unfinished, WEIGHTS)
+    model.requires_grad_(False)
+    both_ends = {"lm_head", "embed_tokens"}
+    for part in parts:
+        name, _, count = part.partition(":")
+        if name == "last":
+            if int(count) > len(model.layers):
+                raise UserError(f"--train_layers {part}: the model has {len(model.layers)} layers")
+            model.layers[-int(count) :].requires_grad_(True)
+            continue
+        if model.config.tie_word_embeddings and name in both_ends and not both_ends <= set(parts):
+            raise UserError(
+                f"--train_layers {part}: lm_head and embed_tokens are one matrix here, expected both or neither"
+            )
+        getattr(model, name).requires_grad_(True)
 
 
-def read_adapter(folder: str | Path) -> Adapter:
-    """What an adapter_config.json asks for. Raises UserError for what this code would compute otherwise."""
-    path = Path(folder) / CONFIG
-    try:
-        about = json.loads(read_json_text(Path(folder), CONFIG))
-        switches = [about.get(name, False) for name in ("use_rslora", "use_dora")]
-        if not all(isinstance(value, bool | None) for value in switches):
-            raise ValueError(f"use_rslora, use_dora: {switches}"[:200])
-        targets = about["target_modules"]
-        adapter = Adapter(
-            about["r"], about["lora_alpha"], about.get("lora_dropout", 0.0),
-            "dora" if about.get("use_dora") else "rslora" if about.get("use_rslora") else "lora",
-            (targets,) if targets == ALL_LINEAR else tuple(targets))
-        if isinstance(targets, str) and targets != ALL_LINEAR:
-            raise ValueError(f"target_modules is the pattern {targets!r}, expected a list of names")
-        numbers = (adapter.rank, adapter.alpha, adapter.dropout)
-        fine = type(adapter.rank) is int and 0 < adapter.rank <= LARGEST_RANK and targets
-        fine = fine and all(type(n) in (int, float) for n in numbers) and all(isinstance(t, str) for t in targets)
-        fine = fine and 0 <= adapter.dropout < 1 and 0 < float(adapter.alpha) < math.inf
-        if not fine:
-            raise ValueError(f"r, lora_alpha, lora_dropout, target_modules: {(*numbers, adapter.targets)}"[:200])
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, expected an adapter in PEFT's format") from None
-    except WeightsError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}, expected the settings of a LoRA") from None
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False)):
-        if about.get(key, plain) != plain:
-            raise UserError(f"{path}: {key} is {about[key]!r:.60}, expected {plain!r}")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules",
-                "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-                "kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "arrow_config"):
-        if about.get(key):
-            raise UserError(f"{path}: {key} is {str(about[key])[:60]}, expected none: all targets are adapted alike")
-    if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(f"{path}: init_lora_weights is {str(about['init_lora_weights'])[:60]}, which changes the base")
-    if about.get("use_dora") and about.get("use_rslora"):
-        raise UserError(f"{path}: use_dora and use_rslora together, expected one of them")
-    return adapter
-
-
-def load(model: nn.Module, folder: str | Path) -> None:
-    """Fill the adapters that `apply` has put on. Raises WeightsError for tensors that are missing, foreign, of another
-    shape, or not finite. Collective."""
-    tensors = _peft_tensors(model)
-    with together(Path(folder)):
-        read_tensors(tensors, Path(folder), WEIGHTS)
-        broken = [name for name, tensor in tensors.items() if not local_slice(tensor)[0].isfinite().all()]
-        if broken:
-            raise WeightsError(f"{folder}: {broken[0]} is not finite, as are {len(broken) - 1} others")
-
-
-def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their names in PEFT's files."""
-    wanted = {name for name, _ in model.named_parameters() if ".lora_" in name}
-    return {f"base_model.model.model.{name.replace('_vector.weight', '_vector')}": parameter
-            for name, parameter in sharded_parameters(model).items() if name in wanted}
+def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtype) -> Llama:
+    """The sharded model that `base` and `changes` describe, with its weights. fsdp_train.build does the same."""
+    model = on_meta(base.config)
+    changes.apply(model)
+    distribute(model, process, dtype)
+    base.load(model)
+    changes.load(model)
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CheckedSettings):
-    script = "lora.py"
+class MergeSettings(Settings):
+    """what to merge"""
 
     model: str = setting(help="the base: a Hugging Face folder, or a hub id")
     adapter: str = setting(help="folder with adapter_config.json and adapter_model.safetensors")
@@ -307,23 +273,22 @@ class Settings(CheckedSettings):
 
 
 def main() -> None:
-    settings = parse(Settings, description=__doc__)
-    if not Path(settings.output).name or Path(settings.output).exists():
+    settings = parse(MergeSettings, description=__doc__)
+    output, dtype = Path(settings.output), getattr(torch, settings.dtype)
+    if not output.name or output.exists():
         raise UserError(f"--output {settings.output}: expected a name that is free")
-    folder = find_model(settings.model)
-    config_json, config, tokenizer = pretrained.open_folder(folder)
-    adapter = read_adapter(settings.adapter)
-    with ranks() as here:
-        model = build(config, here, torch.float32, adapt=lambda model: apply(model, adapter))
-        pretrained.load(model, folder)
-        load(model, settings.adapter)
-        merge(model, None if settings.quantize == "none" else settings.quantize)
-        if not all_finite(model, getattr(torch, settings.dtype)):
-            raise UserError(f"{settings.model} with {settings.adapter}: a weight is not finite in {settings.dtype}, so "
-                            "nothing was written")
-        pretrained.export(model, Path(settings.output), config_json, tokenizer.files, getattr(torch, settings.dtype))
-        if here.is_first:
-            print(f"{settings.output}: {settings.model} with {settings.adapter} folded in")
+    base = Base.pretrained(settings.model)
+    changes = Changes(adapter=read_adapter(settings.adapter), adapter_folder=settings.adapter)
+    with join() as process:
+        model = open_model(base, changes, process, torch.float32)
+        with as_user_error(f"--quantize {settings.quantize}"):
+            merge(model, None if settings.quantize == "none" else settings.quantize)
+        if not all_finite(model, dtype):
+            problem = f"a weight is not finite in {settings.dtype}, so nothing was written"
+            raise UserError(f"{settings.model} with {settings.adapter}: {problem}")
+        export_model(model, output, base.config_json, base.tokenizer.files, dtype)
+        if process.is_rank_zero:
+            print(f"{output}: {settings.model} with {settings.adapter} folded in")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -35,8 +35,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RANKS, STEPS, TIMEOUT = 2, 4, 90
+RANKS, STEPS = 2, 4
+TIMEOUT = 300  # seconds after which a run hangs: no measure of speed, also a busy machine is far from it
 CALLS = ("pwrite", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+KINDS = ("write", *CALLS)
 SCENARIOS = {
     "full": [],
     "async": ["--async_save"],
@@ -82,7 +84,7 @@ class Disk:
         self.file = os.open(notes / f"events-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def install(self) -> None:
-        from llama.storage import atomic as durable
+        from llama.boundary import durable
         from llama.storage import slices
         from llama.training import journal
 
@@ -176,7 +178,8 @@ class Runner:
         if not data.exists():
             make_data(data)
             make_model(scratch / "model")
-        os.environ.update(LLAMA_CACHE=str(scratch / "cache"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+        os.environ.update(LLAMA_CACHE=str(scratch / "cache"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+                          PYTHONPATH=str(ROOT))  # or the server of forks would not find fsdp_train to preload it
         self.arguments = ["--data", str(data), "--model", str(scratch / "model"), "--batch_size", "2", "--max_length",
                           "96", "--max_steps", str(STEPS), "--eval_every", "2", "--eval_limit", "4", "--save_every",
                           "1", "--dtype", "float32", "--learning_rate", "1e-3", *SCENARIOS[scenario]]
@@ -198,7 +201,7 @@ class Runner:
             for rank in victims:
                 processes[rank].kill()
         wait([process.sentinel for process in processes], TIMEOUT)  # now one has ended; the rest is as torchrun does it
-        for patience, number in ((3, signal.SIGTERM), (30, signal.SIGUSR2), (1, signal.SIGKILL)):
+        for patience, number in ((3, signal.SIGTERM), (TIMEOUT, signal.SIGUSR2), (1, signal.SIGKILL)):
             give_up = time.monotonic() + patience
             while any(process.is_alive() for process in processes) and time.monotonic() < give_up:
                 time.sleep(0.02)
@@ -230,19 +233,18 @@ def make_data(folder: Path) -> None:
 
 def make_model(folder: Path) -> None:
     """A Hugging Face folder with random weights, small enough that a run takes a second."""
-    from data import TINY_TOKENIZER
-    from llama.data.tokenizer import load_tokenizer
-    from llama.model.config import ModelConfig
-    from llama.model.decoder import Llama
+    from llama.data.tokenizer_files import load_tokenizer
+    from llama.model import Llama, ModelConfig
     from llama.storage import pretrained
+    from llama.storage.base import TINY_TOKENIZER, config_to_json
 
     tokenizer = load_tokenizer(TINY_TOKENIZER)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                          max_position_embeddings=128)
     model = Llama(config)
-    pretrained.initialize(model, seed=0)
-    pretrained.export(model, folder, config.to_dict(), tokenizer.files)
+    pretrained.initialize_weights(model, seed=0)
+    pretrained.export_model(model, folder, config_to_json(config), tokenizer.files)
 
 
 def contents(out: Path) -> dict[str, object]:
@@ -250,7 +252,7 @@ def contents(out: Path) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
 
-    from llama.storage.checkpoint import published
+    from llama.storage.manifest import published
 
     files = [*published(out / "checkpoints")[-1].glob("*.safetensors"), *out.glob("model/*.safetensors"),
              *out.glob("adapter/*.safetensors")]
@@ -268,17 +270,18 @@ def contents(out: Path) -> dict[str, object]:
 
 def damage(out: Path, events: list[str]) -> list[str]:
     """What a kill has broken: checkpoints that are not whole, or that had been published by rank 0 and are gone."""
-    from llama.storage import checkpoint
+    from llama.boundary.errors import UserError
+    from llama.storage import manifest
 
-    there = checkpoint.published(out / "checkpoints")
+    there = manifest.published(out / "checkpoints")
     problems = []
     for path in there:
         try:
-            checkpoint.verify(path, checkpoint.read_manifest(path))
-        except checkpoint.CheckpointError as error:
+            manifest.verify(path, manifest.read_manifest(path))
+        except UserError as error:
             problems.append(str(error))
     told = [Path(line.split(" ", 1)[1]).name for line in events if line.startswith("renamed ")]
-    steps = [name for name in told if checkpoint.NAME.fullmatch(name)]
+    steps = [name for name in told if manifest.NAME.fullmatch(name)]
     if steps and (not there or there[-1].name < max(steps)):
         problems.append(f"{max(steps)} had been published, {there[-1].name if there else 'nothing'} is there")
     return problems
@@ -308,22 +311,29 @@ class Harness:
         self.points = outcome.events
         self.reference = contents(scratch / f"{scenario}-reference")
 
-    def moments(self) -> Iterator[Fault]:
-        """Every change of the disk but the many pwrites, in random order, and after every fourth of them a pwrite."""
-        rare, often = [], []
+    def moments(self, kinds: Iterator[str]) -> Iterator[Fault]:
+        """Every change of the disk, and a quarter as many of the many pwrites: of the kinds in turn, until all are used
+        up; of each kind in random order."""
+        left = {}
+        for kind in kinds:
+            if not any(left.values()):
+                left = self.changes()
+            if left.get(kind):
+                yield replace(left[kind].pop())
+
+    def changes(self) -> dict[str, list[Fault]]:
+        found = defaultdict(list)
         for rank, events in enumerate(self.points):
             numbered = [line for line in events if not line.startswith(("renamed ", "replaced "))]
             for at, what in enumerate(numbered, 1):
-                (often if what.startswith("pwrite") else rare).append(Fault(rank, at))
-        self.random.shuffle(rare)
-        self.random.shuffle(often)
-        self.table["changes of the disk in a run, without pwrites"] = len(rare)
-        self.table["pwrites in a run"] = len(often)
-        pwrites = cycle(often)
-        for number, fault in enumerate(cycle(rare), 1):
-            yield replace(fault)
-            if number % 4 == 0:
-                yield replace(next(pwrites))
+                found[what.split()[0]].append(Fault(rank, at))
+        for faults in found.values():
+            self.random.shuffle(faults)
+        without = sum(len(faults) for kind, faults in found.items() if kind != "pwrite")
+        self.table["changes of the disk in a run, without pwrites"] = without
+        self.table["pwrites in a run"] = len(found["pwrite"])
+        found["pwrite"] = found["pwrite"][: -(-without // 4)]
+        return found
 
     def chain(self, first: Fault | None, again: bool) -> None:
         """One kill (None: at a random moment), perhaps another in the resumed run, then on to the end."""
@@ -413,19 +423,18 @@ class Harness:
         self.problems.append(f"{self.runner.scenario}: {told}\n{outcome.log[-2000:]}")
 
 
-def crash(scratch: Path, scenario: str, kills: int, faults: int, seed: int = 0, show=lambda done: None) -> Harness:
-    """At least `kills` kills and `faults` disk errors on runs of one scenario."""
-    harness = Harness(scratch, scenario, seed)
-    moments, number = harness.moments(), 0
+def crash(harness: Harness, kills: int, faults: int, killed: Iterator[str], failing: Iterator[str], show) -> None:
+    """At least `kills` kills and `faults` disk errors on runs of one scenario, at these kinds of changes in turn."""
+    moments, number = harness.moments(failing), 0
     for _, code in zip(range(faults), cycle([errno.ENOSPC, errno.EROFS]), strict=False):
         harness.refuse(next(moments), code)
+    moments = harness.moments(killed)
     while harness.table["kills"] < kills and number < 3 * kills:
         harness.chain(None if number % 4 == 3 else next(moments), again=number % 3 == 2)
         number += 1
         show(harness.table["kills"])
     if faults:
         harness.fill()
-    return harness
 
 
 def main() -> None:
@@ -439,6 +448,7 @@ def main() -> None:
     from tqdm import tqdm
 
     began, tables, problems = time.monotonic(), {}, []
+    killed, failing = cycle(KINDS), cycle(KINDS)  # a scenario goes on with the kind at which the one before has ended
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=args.kills, unit=" kills") as progress:
         scenarios = args.scenarios.split(",")
         for scenario in scenarios:
@@ -448,7 +458,8 @@ def main() -> None:
             def show(done: int, before: int = before) -> None:
                 progress.update(before + done - progress.n)
 
-            harness = crash(Path(scratch), scenario, share, -(-args.faults // len(scenarios)), args.seed, show)
+            harness = Harness(Path(scratch), scenario, args.seed)
+            crash(harness, share, -(-args.faults // len(scenarios)), killed, failing, show)
             tables[scenario] = dict(harness.table)
             problems += harness.problems
     seconds = time.monotonic() - began

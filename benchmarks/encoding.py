@@ -2,7 +2,7 @@
 
     python benchmarks/encoding.py --rows ../shared/assets/imdb/train.parquet --model DIR
 
-Memory: each file is encoded in a process of its own, whose greatest resident size is told above that of the same
+Memory: each file is encoded in a process of its own, whose greatest resident size is given above that of the same
 process before it opens the file. The Parquet files have one row group, as large as the file. Speed: the prompts of
 5,000 rows, rendered beforehand, by `encode_rows` (ids and labels) and by the library's own `encode_batch` of the same
 whole prompts as strings; alternated, medians; both use all cores.
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pyarrow
 import pyarrow.parquet
 
-from llama.data.encoding import encode_file, encode_rows
+from llama.data.examples import encode_file, encode_rows
 from llama.data.rows import read
 from llama.data.templates import TEMPLATES
-from llama.data.tokenizer import load_tokenizer
+from llama.data.tokenizer_files import load_tokenizer
 
 
 def write(texts: list[dict], path: Path, size: int) -> None:
@@ -63,9 +63,9 @@ def one(path: Path, model: str) -> None:
     tokenizer = load_tokenizer(model)
     small = path.with_name("warm.jsonl")
     small.write_text("".join(json.dumps({"text": f"warm {i} " * 200, "label": 1}) + "\n" for i in range(4000)))
-    encode_file(small, TEMPLATES["imdb"], tokenizer, 512, quiet=True)
+    encode_file(small, TEMPLATES["imdb"], tokenizer, 512)
     before, started = peak(), time.perf_counter()
-    data = encode_file(path, TEMPLATES["imdb"], tokenizer, 512, quiet=True)
+    data = encode_file(path, TEMPLATES["imdb"], tokenizer, 512)
     print(json.dumps({"file_bytes": path.stat().st_size, "rows": len(data), "before_bytes": before,
                       "peak_bytes": peak(), "seconds": round(time.perf_counter() - started, 1)}))
 

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import DataSettings, load  # noqa: E402
+from data import load_data  # noqa: E402
 from llama.data.batches import Schedule  # noqa: E402
-from llama.data.tokenizer import load_tokenizer  # noqa: E402
+from llama.data.sources import DataSettings  # noqa: E402
+from llama.data.tokenizer_files import load_tokenizer  # noqa: E402
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
-    data = load(DataSettings(data_dir=args.data_dir, max_length=args.max_length), tokenizer, splits=("train",)).train
+    asked = DataSettings(data_dir=args.data_dir, max_length=args.max_length)
+    data = load_data(asked, tokenizer, splits=("train",)).train
     steps = args.examples // args.batch_size
     schedule = Schedule(data.lengths, 1.0, 1, args.batch_size)
     order = [i for step in range(steps) for i in schedule.micro_batches(step)[0]]

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from llama.model.config import ModelConfig, read_config
-from llama.model.decoder import Llama
-from llama.storage.pretrained import export, initialize, load
+from llama.boundary.untrusted import read_json
+from llama.model import Llama, ModelConfig
+from llama.storage.base import config_from_json, config_to_json
+from llama.storage.pretrained import export_model, initialize_weights, load_weights
 
 CONFIG = ModelConfig(
     vocab_size=32000,
@@ -75,18 +76,19 @@ def measure(folder: Path, target: Path) -> None:
     """Load and export on this rank; rank 0 prints everyone's figures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    config_json = read_json(folder, "config.json")
     with torch.device("meta"):
-        model = Llama(ModelConfig.from_folder(folder))
+        model = Llama(config_from_json(config_json))
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
     dist.barrier()
     with PeakMemory() as loading:
         model.to_empty(device="cpu")
-        load(model, folder)
+        load_weights(model, folder)
     dist.barrier()
     with PeakMemory() as exporting:
-        export(model, target, read_config(folder))
+        export_model(model, target, config_json)
     shard = sum(p.to_local().numel() * p.itemsize for p in model.parameters())
     row = [shard, loading.anonymous, loading.total, loading.seconds]
     rows = [None] * dist.get_world_size()
@@ -114,8 +116,8 @@ def main() -> None:
         folder = args.model
         if folder is None:
             folder, model = scratch / "model", Llama(CONFIG)
-            initialize(model, seed=0)
-            export(model, folder, CONFIG.to_dict())
+            initialize_weights(model, seed=0)
+            export_model(model, folder, config_to_json(CONFIG))
             del model
         size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
         print(f"{size / 1e6:.0f} MB of weights in bfloat16 <-> fp32 shards on {args.ranks} ranks")

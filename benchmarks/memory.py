@@ -20,13 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import lora
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
+from llama.boundary.untrusted import read_json
+from llama.model import ModelConfig
 from llama.model.loss import CHUNK
 from llama.model.quantize import KINDS
-from llama.parallel.distribute import on_meta
-from llama.training.optim import build_adamw, optimizer_tensors
+from llama.parallel.distribute import keep_frozen_in, on_meta
+from llama.storage.base import config_from_json
+from llama.storage.peft import Adapter
+from llama.training.optim import build_adamw
+from llama.training.state import training_state
+from lora import Changes
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "Llama 2 7B": (4096, 11008, 32, 32, 32, 32000),
@@ -44,9 +47,9 @@ def config_of(shape: tuple[int, ...]) -> ModelConfig:
                        num_attention_heads=heads, num_key_value_heads=kv, head_dim=D // heads)
 
 
-def adapt(model: Llama, method: str) -> None:
+def changes_of(method: str) -> Changes:
     kind = next((kind for kind in KINDS if kind in method), "none")
-    lora.prepare(model, lora.Adapter(RANK, 16.0) if "LoRA" in method else None, kind)
+    return Changes(kind, Adapter(RANK, 16.0) if "LoRA" in method else None)
 
 
 def size(tensors) -> int:
@@ -55,8 +58,10 @@ def size(tensors) -> int:
 
 def count(c: ModelConfig, method: str, ranks: int, tokens: int) -> dict[str, float]:
     """Bytes per rank, by what they are for. Not all of it is needed at the same moment: a little too much."""
-    model = on_meta(c, torch.bfloat16, lambda model: adapt(model, method))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model = on_meta(c)
+    changes_of(method).apply(model)
+    keep_frozen_in(torch.bfloat16, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
     root = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
     layer = list(model.layers[0].parameters())
@@ -67,8 +72,8 @@ def count(c: ModelConfig, method: str, ranks: int, tokens: int) -> dict[str, flo
     dequantised = {"int8": 4, "nf4": 6}.get(method[-4:].strip(), 0) * c.hidden_size * c.intermediate_size
     inside = 2 * (8 * c.hidden_size + 4 * c.intermediate_size + 2 * c.num_key_value_heads * c.head_dim)
     return {
-        "weights": size(model.parameters()) / ranks, "gradients": 4 * sum(p.numel() for p in trained.values()) / ranks,
-        "moments": size(optimizer_tensors(trained, optimizer).values()) / ranks,
+        "weights": size(model.parameters()) / ranks, "gradients": 4 * sum(p.numel() for p in trained) / ranks,
+        "moments": size(training_state(model, optimizer)["optimizer"].values()) / ranks,
         "gathered": gathered + unreduced + dequantised,
         "activations": tokens * (2 * c.hidden_size * c.num_hidden_layers + inside),
         "logits": 3 * 4 * min(CHUNK, tokens) * c.vocab_size,
@@ -95,7 +100,7 @@ def check(folder: str, tokens: int) -> dict:
         command = [sys.executable, __file__, "--run", method, "--check", folder, "--tokens", str(tokens)]
         measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
                                              env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout.splitlines()[-1])
-        counted = count(ModelConfig.from_folder(folder), method, 1, tokens)
+        counted = count(config_from_json(read_json(folder, "config.json")), method, 1, tokens)
         states = counted["weights"] + counted["gradients"] + counted["moments"]
         out[method] = measured | {"counted_states": states, "counted_peak": sum(counted.values())}
         row = (states, measured["states"], sum(counted.values()), measured["peak"])
@@ -104,30 +109,33 @@ def check(folder: str, tokens: int) -> dict:
 
 
 def run(folder: str, method: str, tokens: int) -> None:
-    from llama.model.packed import PackedDocuments
-    from llama.parallel.distribute import build, ranks
-    from llama.storage import pretrained
-    from llama.storage.slices import local_slice
+    from llama.model import PackedDocuments
+    from llama.parallel.distribute import distribute
+    from llama.parallel.processes import join
+    from llama.parallel.shards import local_slice
+    from llama.storage.base import Base
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
 
     torch.set_num_threads(1)
-    with ranks() as here:
+    base, changes = Base.pretrained(folder), changes_of(method)
+    with join() as process:
         before = resident("VmRSS")
-        model = build(ModelConfig.from_folder(folder), here, torch.bfloat16, activation_checkpointing=True,
-                      adapt=lambda model: adapt(model, method))
-        pretrained.load(model, folder)
-        lora.initialize(model, 0)
+        model = on_meta(base.config)
+        changes.apply(model)
+        distribute(model, process, torch.bfloat16, activation_checkpointing=True)
+        base.load(model)
+        changes.load(model)
         optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
         documents = PackedDocuments([512] * (tokens // 512))
-        stream = torch.randint(0, 1000, (tokens,))
+        stream = torch.randint(0, base.config.vocab_size, (tokens,))
         for _ in range(2):
-            model(stream, documents.positions, documents, torch.arange(tokens), stream).backward()
+            model(stream, documents, torch.arange(tokens), stream).backward()
             optimizer.step()
         kept = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
-        moments = optimizer_tensors({n: p for n, p in model.named_parameters() if p.requires_grad}, optimizer)
+        moments = training_state(model, optimizer)["optimizer"]
         held = size(local_slice(tensor)[0] for tensor in (*kept, *moments.values()))
         print(json.dumps({"states": held, "peak": resident("VmHWM") - before}))
 

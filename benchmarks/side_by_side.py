@@ -63,13 +63,14 @@ def measure(args: argparse.Namespace) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from data import DataSettings, load
+    from data import load_data
     from llama.data.batches import Schedule
-    from llama.data.tokenizer import load_tokenizer
-    from llama.model.config import ModelConfig
+    from llama.data.sources import DataSettings
+    from llama.storage.base import Base
 
     settings = DataSettings(data=args.data, data_dir=args.data_dir, max_length=args.max_length, skip_bad_rows=True)
-    data = load(settings, load_tokenizer(args.model)).train
+    base = Base.pretrained(args.model)
+    data = load_data(settings, base.tokenizer).train
     schedule = Schedule(data.lengths, 1.0, 1, BATCH, seed=SEED)
     batches = [schedule.micro_batches(step)[0] for step in range(WARM_UP + args.steps)]
     run = ours if args.side.startswith("ours") else trainer
@@ -78,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict:
     timed = batches[WARM_UP:]
     return {
         "seconds": seconds, "tokens": [int(data.lengths[b].sum()) for b in timed], "peak_memory_bytes": peak,
-        "flops": [flops(ModelConfig.from_folder(args.model), data.lengths[b], int(data.label_counts[b].sum()),
+        "flops": [flops(base.config, data.lengths[b], int(data.label_counts[b].sum()),
                         bool(args.lora_rank)) for b in timed],
     }
 
@@ -96,33 +97,33 @@ def flops(config, lengths, labels: int, frozen: bool) -> float:
 
 
 def ours(args: argparse.Namespace, data, batches: list[list[int]]) -> list[float]:
+    from types import SimpleNamespace
+
     import torch
 
-    import lora
-    from fsdp_train import Settings, train_step
-    from llama.model.config import ModelConfig
-    from llama.parallel.distribute import build, ranks
-    from llama.storage import pretrained
-    from llama.training.optim import build_adamw
+    import fsdp_train
+    from llama.parallel.processes import join
+    from llama.storage.base import Base
+    from llama.storage.peft import Adapter
+    from llama.training.settings import TrainingSettings
+    from lora import Changes
 
-    settings = Settings(compile=args.side == "ours-compile", max_length=args.max_length, batch_size=BATCH)
+    settings = TrainingSettings(
+        compile=args.side == "ours-compile", max_length=args.max_length, batch_size=BATCH,
+        activation_checkpointing="full" if args.side == "ours-checkpointed" else "none", seed=SEED,
+    ).with_recipe(1)  # fmt: skip
+    changes = Changes(adapter=Adapter(args.lora_rank, 16.0) if args.lora_rank else None)
+    task = SimpleNamespace(base=Base.pretrained(args.model), changes=changes, examples=data)
+    single = args.side == "ours-single"
+    schedule = SimpleNamespace(micro_batches=lambda step: [[i] for i in batches[step]] if single else [batches[step]])
+    plan = SimpleNamespace(schedule=schedule, dtype=torch.bfloat16, saved=None)
     seconds = []
-
-    def adapt(model) -> None:
-        if args.lora_rank:
-            lora.apply(model, lora.Adapter(args.lora_rank, 16.0))
-
-    with ranks() as here:
-        config = ModelConfig.from_folder(args.model)
-        model = build(config, here, torch.bfloat16, compile=settings.compile, adapt=adapt,
-                      activation_checkpointing=args.side == "ours-checkpointed")
-        pretrained.load(model, args.model)
-        lora.initialize(model, SEED)
-        optimizer = build_adamw(model, 2e-5, 0.0)
-        for indices in batches:
+    with join() as process:
+        model, optimizer = fsdp_train.build(settings, task, process, plan)
+        current = SimpleNamespace(settings=settings, task=task, process=process, plan=plan, model=model)
+        for step in range(len(batches)):
             began = time.perf_counter()
-            single = args.side == "ours-single"
-            train_step(settings, model, data, [[i] for i in indices] if single else [indices], here)
+            fsdp_train.train_step(current, step)
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import RankPools
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,7 +20,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 @pytest.fixture(scope="session")
 def ranks():
     """ranks(2, function, *args) calls function on 2 ranks of one process group; see ranks.py."""
-    ranks = Ranks()
+    ranks = RankPools()
     yield ranks
     ranks.close()
 

@@ -5,7 +5,7 @@
 
 Starting processes, importing torch and joining a process group takes seconds; so each size of group is a
 pool of processes that outlives the test, and a call takes 0.06 s. They are forked from a server that has
-imported torch and done nothing else, so no running thread is ever forked.
+imported torch and this project and done nothing else, so no running thread is ever forked.
 """
 
 import faulthandler
@@ -33,7 +33,9 @@ PRELOAD = [
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "torch.distributed.checkpoint.state_dict",
+    "pytest",
+    "hypothesis",
+    "fsdp_train",  # and with it nearly all of the product
 ]
 
 
@@ -105,8 +107,8 @@ class Pool:
         self.folder.cleanup()
 
 
-class Ranks:
-    """What the fixture `ranks` gives a test: pools made when first asked for, made anew after a failure."""
+class RankPools:
+    """The fixture `ranks`: a pool for each number of ranks, made at the first call, and made again after a failure."""
 
     def __init__(self):
         self.pools: dict[int, Pool] = {}

@@ -1,7 +1,6 @@
 """Runs with adapters, packed bases, 8-bit moments, frozen layers: equal on any ranks, resumed, evaluated, refused."""
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -11,28 +10,40 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from runs import (
+    final_state,
+    refused,
+    rewrite,
+    same,
+    saved_steps,
+    steps_of,
+    summary_of,
+    train_here,
+    write_reviews,
+)
 from safetensors.torch import load_file
-from sharded import here
+from sharded import build, this_process
 
+import checkpoints
 import evaluate
 import fsdp_train
 from llama.boundary.command_line import parse
 from llama.boundary.errors import UserError
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
-from llama.model.packed import PackedDocuments
-from llama.parallel.distribute import build
-from llama.storage import checkpoint, pretrained
+from llama.model import Llama, ModelConfig, PackedDocuments
+from llama.storage import pretrained
+from llama.storage.base import TINY_TOKENIZER, Base, config_to_json
+from llama.storage.manifest import published
 from llama.training.optim import build_adamw
+from llama.training.settings import TrainingSettings
+from lora import Changes
 
-TOKENIZER = Path(fsdp_train.__file__).parent / "assets" / "tiny" / "tokenizer.model"
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
                      initializer_range=0.1)
 CONFIGS = {"untied": CONFIG, "tied": replace(CONFIG, tie_word_embeddings=True),
            "narrow": replace(CONFIG, intermediate_size=96)}
-WORDS = {0: ["dull", "weak", "slow"], 1: ["bright", "strong", "quick"]}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +52,15 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for name, config in CONFIGS.items():
         model = Llama(config)
-        pretrained.initialize(model, seed=0)
+        pretrained.initialize_weights(model, seed=0)
         made[name] = tmp_path_factory.mktemp("folders") / name
-        pretrained.export(model, made[name], config.to_dict(), [TOKENIZER])
+        pretrained.export_model(model, made[name], config_to_json(config), [TINY_TOKENIZER / "tokenizer.model"])
     return made
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Reviews of very different lengths, so that ranks never hold equal numbers of tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "test"):
-        rows = [{"text": " ".join(WORDS[i % 2][j % 3] for j in range(1 + (7 * i) % 41)), "label": i % 2}
-                for i in range(24)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_reviews(tmp_path_factory.mktemp("data") / "data")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,71 +73,39 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(ranks, folders, data, cache, tmp_path):
-    """run(2, "out", die_in_step, lora_rank=4, ...): a run on so many ranks, 8 examples a step; its folder."""
+    """run(2, "out", die_in_step, lora_rank=4, ...): a run on so many ranks, 4 examples a step; its folder."""
 
     def run(size: int, name: str, die_in_step: int | None = None, model: str = "untied", **changes) -> Path:
-        ranks(size, in_workers, cache, settings(folders[model], data, tmp_path / name, size, **changes), die_in_step)
+        ranks(size, train_here, cache, settings(folders[model], data, tmp_path / name, size, **changes), die_in_step)
         return tmp_path / name
 
     return run
 
 
-def settings(model: Path, data: Path, output: Path, size: int = 1, **changes) -> fsdp_train.Settings:
+def settings(model: Path, data: Path, output: Path, size: int = 1, **changes) -> TrainingSettings:
     """Of 3 steps an epoch, 4 in all."""
-    base = dict(model=str(model), data=str(data), output=str(output), epochs=2.0, batch_size=8 // size, max_length=192,
+    base = dict(model=str(model), data=str(data), output=str(output), epochs=2.0, batch_size=4 // size, max_length=192,
                 max_steps=4, dtype="float32", eval_limit=8, learning_rate=1e-2)
-    return fsdp_train.Settings(**(base | changes)).with_recipe(size)
+    return TrainingSettings(**(base | changes)).with_recipe(size)
 
 
-def in_workers(cache: Path, chosen: fsdp_train.Settings, die_in_step: int | None = None) -> None:
-    """`fsdp_train.main` in a test worker's own process group; optionally dies like a crash would, mid-run."""
-    os.environ["LLAMA_CACHE"] = str(cache)
-    real, draw, calls = fsdp_train.train_step, fsdp_train.draw_loss_curve, []
-
-    def dying(*args):
-        calls.append(1)
-        if len(calls) == die_in_step:
-            raise ConnectionError("pulled the plug")
-        return real(*args)
-
-    fsdp_train.train_step, fsdp_train.draw_loss_curve = dying, lambda *_: None  # a third of a short run's time
-    try:
-        fsdp_train.train(chosen, fsdp_train.prepare(chosen), here())
-    except ConnectionError:
-        assert die_in_step
-    finally:
-        fsdp_train.train_step, fsdp_train.draw_loss_curve = real, draw
-
-
-def lines_of(output: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: line[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for line in lines if "loss" in line]
+def fast_only(chosen: str, cases: dict) -> list:
+    """The names of all cases; all but the chosen ones (between bars) are for the slow tests."""
+    return [case if case in chosen.split(" | ") else pytest.param(case, marks=slow) for case in cases]
 
 
 def losses_of(output: Path) -> list[float]:
-    return [line["loss"] for line in lines_of(output)]
-
-
-def summary_of(output: Path) -> dict:
-    return json.loads((output / "summary.json").read_text())
-
-
-def final_state(output: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.published(output / "checkpoints")[-1]
-    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return [line["loss"] for line in steps_of(output)]
 
 
 # Adapters
 
 
 @pytest.mark.parametrize("sizes, changes, tolerance", [
-    ((1, 2, 4), {}, 1e-5), ((1, 2), {"lora_variant": "dora", "model": "tied"}, 1e-5),
-    ((1, 2, 4), {"quantize": "int8"}, 1e-4), ((1, 2, 4), {"quantize": "nf4"}, 1e-4),
-], ids=str)
+    ((1, 2), {"quantize": "nf4"}, 1e-4), pytest.param((1, 2, 4), {"quantize": "nf4"}, 1e-4, marks=slow),
+    pytest.param((1, 2, 4), {"quantize": "int8"}, 1e-4, marks=slow), pytest.param((1, 2, 4), {}, 1e-5, marks=slow),
+    pytest.param((1, 2), {"lora_variant": "dora", "model": "tied"}, 1e-5, marks=slow),
+], ids=str)  # fmt: skip
 def test_a_run_with_an_adapter_is_the_same_on_any_number_of_ranks(run, sizes, changes, tolerance):
     """C35, C2: one loss curve, one adapter at its end; all of it learns, and only it is kept."""
     outs = {size: run(size, f"out{size}", **LORA | changes) for size in sizes}
@@ -156,14 +129,14 @@ def test_a_run_with_an_adapter_is_the_same_on_any_number_of_ranks(run, sizes, ch
 
 def test_a_packed_base_computes_what_its_values_say_and_not_the_original(run):
     """C38: the losses of int8 are near those of fp32 and those of nf4 less so; neither is equal."""
-    plain, int8, nf4 = (losses_of(run(1, kind, **LORA, quantize=kind, max_steps=2)) for kind in
+    plain, int8, nf4 = (losses_of(run(1, kind, **LORA, quantize=kind, max_steps=1)) for kind in
                         ("none", "int8", "nf4"))
     assert 0 < abs(int8[0] - plain[0]) < abs(nf4[0] - plain[0]) < 0.5
 
 
 def test_dropout_is_another_run_and_evaluation_is_without_it(run):
     """C39: the losses differ from those without dropout, but not the one before training."""
-    plain, dropped = run(1, "plain", **LORA, max_steps=4), run(1, "dropped", **LORA, lora_dropout=0.5, max_steps=4)
+    plain, dropped = run(1, "plain", **LORA, max_steps=3), run(1, "dropped", **LORA, lora_dropout=0.5, max_steps=3)
     assert losses_of(plain)[0] == losses_of(dropped)[0]  # B is zero in the first step
     assert all(abs(a - b) > 1e-6 for a, b in zip(losses_of(plain)[2:], losses_of(dropped)[2:], strict=True))
     assert summary_of(plain)["before"] == summary_of(dropped)["before"]
@@ -178,15 +151,15 @@ CRASHES = {
 }
 
 
-@pytest.mark.parametrize("case", CRASHES)
+@pytest.mark.parametrize("case", fast_only("dropout, int8", CRASHES))
 def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(run, case):
     """C48, R1, R25: losses, what was trained, and the moments; dropout is drawn as a function of the step."""
     whole = run(2, "whole", **CRASHES[case])
     out = run(2, "crashed", 4, save_every=2, **CRASHES[case])
     assert not any((out / result).exists() for result in ("adapter", "model"))
-    assert [p.name for p in checkpoint.published(out / "checkpoints")] == ["step-000002"]
+    assert saved_steps(out) == [2]
     run(2, "crashed", save_every=2, resume="newest", **CRASHES[case])
-    assert lines_of(out) == lines_of(whole) and len(lines_of(out)) == 4
+    assert steps_of(out) == steps_of(whole) and len(steps_of(out)) == 4
     assert same(final_state(out), final_state(whole))
     assert summary_of(out)["after"] == summary_of(whole)["after"]
     for result in ("adapter/adapter_model", "model/model"):
@@ -197,6 +170,7 @@ def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(run, cas
             assert same(load_file(out / path), load_file(whole / path))
 
 
+@slow
 def test_a_run_with_an_adapter_resumes_on_another_number_of_ranks(run):
     """C48, R6: the same curve to rounding."""
     expected = losses_of(run(1, "whole", **LORA))
@@ -219,16 +193,9 @@ def test_a_finished_run_says_so_and_other_settings_of_an_adapter_are_refused_by_
     assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def refused(cache: Path, chosen: fsdp_train.Settings) -> str:
-    try:
-        in_workers(cache, chosen)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("changes", [{"lora_variant": "dora", "quantize": "nf4"}, {"lora_targets": "1.mlp.up_proj"}],
-                         ids=str)
+@pytest.mark.parametrize("changes", [
+    pytest.param({"lora_variant": "dora", "quantize": "nf4"}, marks=slow), {"lora_targets": "1.mlp.up_proj"},
+], ids=str)  # fmt: skip
 def test_evaluate_and_a_continued_run_begin_where_the_adapter_ended(
     run, folders, data, tmp_path, monkeypatch, capsys, changes
 ):
@@ -279,19 +246,17 @@ PARTS = {
 }
 
 
-def step_of(folder: Path, parts: str, dtype: torch.dtype, **options) -> dict:
+def step_of(folder: Path, parts: str, dtype: torch.dtype) -> dict:
     """After one step: who has a gradient, who has moments, and where autograd began."""
-    model = build(ModelConfig.from_folder(folder), here(), dtype,
-                  adapt=lambda model: fsdp_train.train_only(model, parts.split(",")), **options)
-    pretrained.load(model, folder)
+    model = build(CONFIG, this_process(), dtype, change=Changes(train_layers=parts).apply)
+    pretrained.load_weights(model, folder)
     asks = {}
     for i, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda _, inputs, i=i: asks.update({i: inputs[0].requires_grad}))
         layer.register_forward_hook(lambda _, inputs, y, i=i: asks.update({f"{i} out": y.requires_grad}))
     optimizer, parameters = build_adamw(model, 1e-3, 0.0), dict(model.named_parameters())
     tokens = torch.randint(1280, (33,), generator=torch.Generator().manual_seed(dist.get_rank()))
-    documents = PackedDocuments([32])
-    model(tokens[:-1], documents.positions, documents, torch.arange(32), tokens[1:]).backward()
+    model(tokens[:-1], PackedDocuments([32]), torch.arange(32), tokens[1:]).backward()
     optimizer.step()
     return {
         "gradients": {name for name, p in parameters.items() if p.grad is not None},
@@ -303,8 +268,8 @@ def step_of(folder: Path, parts: str, dtype: torch.dtype, **options) -> dict:
     }
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("parts", fast_only("last:1,norm | embed_tokens | lm_head", PARTS))
+@pytest.mark.parametrize("world", [pytest.param(1, marks=slow), 2])
 def test_what_is_frozen_has_no_gradient_and_no_moments_and_below_it_autograd_does_nothing(
     ranks, folders, world, parts
 ):
@@ -319,7 +284,8 @@ def test_what_is_frozen_has_no_gradient_and_no_moments_and_below_it_autograd_doe
             assert found["asks"][f"{layer} out"] == (layer >= lowest)
 
 
-@pytest.mark.parametrize("size, parts", [(1, "last:1"), (2, "norm"), (2, "last:1,norm")])
+@pytest.mark.parametrize("size, parts", [
+    pytest.param(1, "last:1", marks=slow), pytest.param(2, "norm", marks=slow), (2, "last:1,norm")])  # fmt: skip
 def test_frozen_weights_are_exported_as_they_were(run, folders, size, parts):
     """C35: bit for bit; the rest has moved, and a checkpoint holds nothing else."""
     out = run(size, "out", train_layers=parts, max_steps=3)
@@ -327,12 +293,13 @@ def test_frozen_weights_are_exported_as_they_were(run, folders, size, parts):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     expected = {name for name in before if name.removeprefix("model.").startswith(PARTS[parts])}
     assert before.keys() == after.keys() and moved == expected and not (out / "adapter").exists()
-    kept = load_file(checkpoint.published(out / "checkpoints")[-1] / "model.safetensors")
+    kept = load_file(published(out / "checkpoints")[-1] / "model.safetensors")
     assert {f"model.{name}" for name in kept} == expected
     assert {f"model.{name.rpartition('.')[0]}" for name in final_state(out) if ".exp_avg" in name} == expected
     assert summary_of(out)["after"]["loss"] < summary_of(out)["before"]["loss"]
 
 
+@slow
 def test_frozen_runs_are_the_same_on_any_number_of_ranks(run):
     """C2: to fp32 rounding."""
     expected = losses_of(run(1, "out1", train_layers="last:1,norm"))
@@ -352,9 +319,9 @@ def test_both_ends_of_a_tied_matrix_are_trained_or_neither(run, folders, data):
 # Mistakes
 
 
-def assert_refused(chosen: fsdp_train.Settings, expected: str) -> None:
+def assert_refused(chosen: TrainingSettings, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        fsdp_train.prepare(chosen)
+        fsdp_train.read(chosen)
     assert expected in str(error.value) and "\n" not in str(error.value), error.value
 
 
@@ -379,17 +346,18 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize("given, expected", CONTRADICTIONS, ids=[str(given) for given, _ in CONTRADICTIONS])
-def test_flags_that_contradict_each_other_are_one_line_that_names_them(given, expected):
+def test_flags_that_contradict_each_other_are_one_line_that_names_them(monkeypatch, given, expected):
     """Before anything is read."""
+    monkeypatch.setattr(sys, "argv", ["path/to/fsdp_train.py"])
     with pytest.raises(UserError) as error:
-        fsdp_train.Settings(data="imdb", **({"model": "a folder"} | given))
-    assert f"fsdp_train.py: {expected}" in str(error.value) and "\n" not in str(error.value)
+        TrainingSettings(data="imdb", **({"model": "a folder"} | given))
+    assert str(error.value).startswith(f"fsdp_train.py: {expected}") and "\n" not in str(error.value)
 
 
 def test_several_contradictions_are_told_at_once():
     """One line still."""
     with pytest.raises(UserError) as error:
-        fsdp_train.Settings(data="imdb", model="tiny", lora_rank=4, train_layers="norm", lora_dropout=2.0)
+        TrainingSettings(data="imdb", model="tiny", lora_rank=4, train_layers="norm", lora_dropout=2.0)
     told = str(error.value)
     assert all(flag in told for flag in ("--lora_rank 4", "--train_layers norm", "--lora_dropout 2.0"))
     assert "\n" not in told
@@ -402,7 +370,7 @@ def test_several_contradictions_are_told_at_once():
 def test_a_choice_that_there_is_not_is_one_line_that_names_the_flag(flag, value):
     """R18: as for every other flag."""
     with pytest.raises(UserError, match=rf"--{flag}.*{value}") as error:
-        parse(fsdp_train.Settings, ["--data", "imdb", "--model", "m", f"--{flag}", value])
+        parse(TrainingSettings, ["--data", "imdb", "--model", "m", f"--{flag}", value])
     assert "\n" not in str(error.value)
 
 
@@ -431,6 +399,10 @@ def test_an_adapter_of_another_model_is_refused_on_every_rank(ranks, run, folder
     assert not list((tmp_path / "other").glob("checkpoints/*")) and not (tmp_path / "other/adapter").exists()
 
 
+def export(saved: Path, out: Path, moved_base: str | None = None) -> None:
+    checkpoints.export(saved, out, moved_base)
+
+
 EXPORTED = {
     "all": ({"learning_rate": 1e-3}, "model"),
     "last layer": ({"train_layers": "last:1,norm", "learning_rate": 1e-3, "optimizer": "adamw8bit"}, "model"),
@@ -439,14 +411,14 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("case", fast_only("adapter", EXPORTED))
 def test_the_newest_checkpoint_exports_to_what_the_run_left_and_an_older_one_to_less(run, tmp_path, case):
     """R24: on one process what two have trained, every file of it but the time."""
     changes, result = EXPORTED[case]
     out = run(2, "out", save_every=2, **changes)
-    older, newest = checkpoint.published(out / "checkpoints")
-    fsdp_train.export_checkpoint(newest, tmp_path / "newest")
-    fsdp_train.export_checkpoint(older, tmp_path / "older")
+    older, newest = published(out / "checkpoints")
+    export(newest, tmp_path / "newest")
+    export(older, tmp_path / "older")
     expected = {p.name: p.read_bytes() for p in (out / result).iterdir()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "newest").iterdir()} == expected
     weights = next(name for name in expected if name.endswith(".safetensors"))
@@ -458,56 +430,56 @@ def test_an_export_needs_the_weights_that_the_run_began_with(run, folders, data,
     """R7, R17: another base under the same path; a name that is taken; a damaged checkpoint."""
     base = shutil.copytree(folders["untied"], tmp_path / "base")
     chosen = settings(base, data, tmp_path / "out", train_layers="last:1", max_steps=1)
-    ranks(1, in_workers, cache, chosen)
-    (saved,) = checkpoint.published(tmp_path / "out/checkpoints")
+    ranks(1, train_here, cache, chosen)
+    (saved,) = published(tmp_path / "out/checkpoints")
     with pytest.raises(UserError, match="exists already"):
-        fsdp_train.export_checkpoint(saved, tmp_path / "out/model")
+        export(saved, tmp_path / "out/model")
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
     (base / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="began with other weights"):
-        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
+        export(saved, tmp_path / "exported")
     shutil.copy(folders["untied"] / "model.safetensors", base)
     (saved / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
-        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
+        export(saved, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
 def test_a_tiny_run_of_frozen_layers_exports_with_the_weights_it_drew(ranks, data, cache, tmp_path):
     """R24: what was frozen is not in the checkpoint; the seed is."""
-    chosen = fsdp_train.Settings(data=str(data), output=str(tmp_path / "out"), max_length=192, train_layers="last:1",
+    chosen = TrainingSettings(data=str(data), output=str(tmp_path / "out"), max_length=192, train_layers="last:1",
                                  max_steps=2, batch_size=4, eval_limit=8, seed=3).with_recipe(1)
-    ranks(1, in_workers, cache, chosen)
-    fsdp_train.export_checkpoint(checkpoint.published(tmp_path / "out/checkpoints")[-1], tmp_path / "exported")
+    ranks(1, train_here, cache, chosen)
+    export(published(tmp_path / "out/checkpoints")[-1], tmp_path / "exported")
     expected = (tmp_path / "out/model/model.safetensors").read_bytes()
     assert (tmp_path / "exported/model.safetensors").read_bytes() == expected
 
 
 def test_an_export_finds_a_base_that_has_moved_and_refuses_nonsense(ranks, folders, data, cache, tmp_path):
     """R7, R14: whose digest is right, too."""
-    from test_checkpoint import rewrite
 
     base = shutil.copytree(folders["untied"], tmp_path / "base")
-    ranks(1, in_workers, cache, settings(base, data, tmp_path / "out", train_layers="last:1", max_steps=1))
-    (saved,) = checkpoint.published(tmp_path / "out/checkpoints")
+    ranks(1, train_here, cache, settings(base, data, tmp_path / "out", train_layers="last:1", max_steps=1))
+    (saved,) = published(tmp_path / "out/checkpoints")
     base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="base"):
-        fsdp_train.export_checkpoint(saved, tmp_path / "exported")
-    fsdp_train.export_checkpoint(saved, tmp_path / "exported", str(tmp_path / "moved"))
+        export(saved, tmp_path / "exported")
+    export(saved, tmp_path / "exported", str(tmp_path / "moved"))
     assert (tmp_path / "exported/model.safetensors").exists()
     (tmp_path / "moved").rename(base)
     for name in (".", "/", "..", ""):
         with pytest.raises(UserError, match="exists already"):
-            fsdp_train.export_checkpoint(saved, Path(name))
+            export(saved, Path(name))
     lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "variant": "lora", "targets": ["q_proj"]}
     for change in ({"quantize": "bogus"}, {"quantize": []}, {"train_layers": 7}, {"train_layers": "last:x"},
                    {"lora": lora | {"rank": -1}}, {"lora": lora | {"targets": 3}}, {"lora": {"rank": 1}}, {"lora": 5},
                    {"model": 3}, {"model": None}, {"seed": 1} | {"lora": lora | {"rank": "2"}}):
         kept = (saved / "manifest.json").read_text()
         rewrite(saved, lambda content, change=change: content["settings"].update(change))
-        with pytest.raises(UserError):
-            fsdp_train.export_checkpoint(saved, tmp_path / "nonsense")
+        with pytest.raises(UserError) as error:
+            export(saved, tmp_path / "nonsense")
+        assert "\n" not in str(error.value)
         (saved / "manifest.json").write_text(kept)
     assert not (tmp_path / "nonsense").exists()
 
@@ -515,16 +487,17 @@ def test_an_export_finds_a_base_that_has_moved_and_refuses_nonsense(ranks, folde
 def sharded_kinds(model: Path, **changes) -> dict[bool, set[str]]:
     """{whether it is trained: classes of its parameters and their local values}."""
     chosen = settings(model, Path("unused"), Path("unused"), **changes)
-    adapter = fsdp_train.Adapter(2, 4.0)
-    built = build(fsdp_train.open_model(str(model))[2], here(), torch.bfloat16, adapt=lambda m: fsdp_train.adapt(
-        m, chosen.quantize, chosen.train_layers, adapter if chosen.lora_rank else None))
+    adapted = Changes(chosen.quantize, chosen.asked_adapter(), chosen.train_layers)
+    built = build(Base.open(str(model)).config, this_process(), torch.bfloat16, change=adapted.apply)
     kinds = {True: set(), False: set()}
     for parameter in built.parameters():
         kinds[parameter.requires_grad].add(type(parameter.data).__name__)
     return kinds
 
 
-@pytest.mark.parametrize("changes", [LORA, LORA | {"quantize": "nf4"}, {"train_layers": "last:1"}], ids=str)
+@pytest.mark.parametrize("changes", [
+    pytest.param(LORA, marks=slow), LORA | {"quantize": "nf4"}, pytest.param({"train_layers": "last:1"}, marks=slow),
+], ids=str)  # fmt: skip
 def test_one_rank_shards_only_what_it_trains_and_two_shard_everything(ranks, folders, changes):
     """C35: alone, a gathered copy of frozen weights would cost time and memory for nothing."""
     (alone,) = ranks(1, sharded_kinds, folders["untied"], **changes)

@@ -1,0 +1,145 @@
+"""The checkpoints of a run: list them, verify them, or export one as a model or adapter.
+
+    python checkpoints.py list RUN                      name, size and held-out loss of each
+    python checkpoints.py verify RUN                    read every byte and compare it with the manifest
+    python checkpoints.py export RUN OUT [--step NAME]  write the model or adapter of one checkpoint
+"""
+
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+
+from llama.boundary.command_line import Parser, run
+from llama.boundary.errors import UserError, as_user_error, one_line
+from llama.boundary.records import read_record
+from llama.model.quantize import KINDS
+from llama.parallel.distribute import distribute, on_meta
+from llama.parallel.processes import join
+from llama.storage.base import Base
+from llama.storage.checkpoint import load_checkpoint
+from llama.storage.manifest import PIN, best, find, published, read_manifest, verify
+from llama.storage.peft import Adapter, save_adapter
+from llama.storage.pretrained import export_model
+from llama.training.state import trained_parameters
+from lora import Changes
+
+
+def main() -> None:
+    asked = parse_command()
+    found = published(asked.run / "checkpoints")
+    if not found:
+        raise UserError(f"{asked.run}: has no checkpoint")
+    if asked.command == "list":
+        print(listing(asked.run))
+    elif asked.command == "verify":
+        verify_all([chosen(asked, found)] if asked.step else found)
+    else:
+        export(chosen(asked, found), asked.out, asked.model)
+
+
+def parse_command() -> Namespace:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, help_text in (
+        ("list", "what is there"),
+        ("verify", "is it whole: reads every byte"),
+        ("export", "write what the run would have left, had it ended there"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("run", type=Path, help="the run's folder")
+        if name == "export":
+            command.add_argument("out", type=Path, help="the folder to make")
+            command.add_argument("--model", help="folder of the base model, if it has moved since the run")
+        if name != "list":
+            command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")
+    return parser.parse_args()
+
+
+def chosen(asked: Namespace, found: list[Path]) -> Path:
+    """The checkpoint that --step names."""
+    if asked.step != "best":
+        return find(asked.run / "checkpoints", asked.step or "newest")
+    path = best(found)
+    if path is None:
+        raise UserError(f"{asked.run}: no checkpoint has a held-out loss: the run had no --eval_every")
+    return path
+
+
+def listing(folder: Path) -> str:
+    """A line for each checkpoint of a run: its name, size, held-out loss, and what keeps it from deletion."""
+    found = published(folder / "checkpoints")
+    lowest_loss = best(found)
+    lines = []
+    for path in found:
+        marks = {
+            "newest": path == found[-1],
+            "best": path == lowest_loss,
+            "pinned": (path / PIN).exists(),
+        }
+        try:
+            manifest = read_manifest(path)
+            size = sum(file["bytes"] for file in manifest.files.values())
+            words = [f"{size / 1e6:,.1f} MB", f"written by {manifest.ranks} ranks"]
+            words += [f"{name} {value:.4g}" for name, value in manifest.held_out.items()]
+            words += [word for word, is_so in marks.items() if is_so]
+        except UserError as error:
+            words = [one_line(error)]
+        lines.append("  ".join([path.name, *words]))
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        if path not in found:
+            lines.append(f"{path.name}  not a checkpoint: unfinished or set aside")
+    return "\n".join(lines)
+
+
+def verify_all(paths: list[Path]) -> None:
+    """Say of each whether it is whole. Raises UserError for the last one that is not."""
+    damaged = None
+    for path in paths:
+        try:
+            verify(path, read_manifest(path))
+            print(f"{path.name} is whole")
+        except UserError as error:
+            damaged = error
+            print(f"{path.name} is damaged")
+    if damaged:
+        raise damaged
+
+
+def export(saved: Path, out: Path, moved_base: str | None) -> None:
+    """Write the weights of a checkpoint as the end of a run does: as a model that transformers opens, or an adapter
+    that PEFT opens.
+
+    The base model is needed for its tokenizer and its frozen weights. `moved_base`: its folder, if it is no longer
+    where the run found it.
+    """
+    manifest = read_manifest(saved)
+    identity = manifest.identity
+    with as_user_error(saved, "a manifest that says what the run was"):
+        lora = identity["lora"]
+        if identity["quantize"] not in ("none", *KINDS):
+            raise ValueError(f"quantize is {identity['quantize']!r:.60}")
+        adapter = read_record(Adapter, lora | {"targets": tuple(lora["targets"])}, saved) if lora else None
+        changes = Changes(identity["quantize"], adapter, identity["train_layers"])
+        base = Base.open(moved_base or identity["model"])
+        model = on_meta(base.config)
+        changes.apply(model)
+        fingerprint, seed = identity["base"], identity["seed"]
+    if base.folder and base.fingerprint != fingerprint:
+        raise UserError(f"{saved}: the run began with other weights than those that are at {base.folder} now")
+    with join() as process:
+        verify(saved, manifest)
+        distribute(model, process, torch.float32)
+        if changes.train_layers != "all":  # frozen weights are not in the checkpoint (an adapter's base is not written)
+            base.load(model, seed)
+        load_checkpoint(saved, {"model": trained_parameters(model)})
+        if adapter:
+            save_adapter(model, out, adapter, base.name)
+        else:
+            export_model(model, out, base.config_json, base.tokenizer.files)
+        if process.is_rank_zero:
+            print(f"{out}: {'the adapter' if adapter else 'the model'} after step {manifest.step}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,233 @@
+"""evaluate.py as a command: a result on stdout, predictions in a file, mistakes in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from reviews import BUNDLED, CONFIG, IMDB, example_by_example, plain_model, write_reviews
+
+import evaluate
+from data import hold_out
+from llama.boundary.command_line import run
+from llama.data.examples import encode_file
+from llama.data.templates import TEMPLATES
+from llama.data.tokenizer_files import load_tokenizer
+from llama.evaluation.score import answer_ids, sample_indices
+from llama.storage import pretrained
+from llama.storage.base import config_to_json
+
+ROOT = Path(evaluate.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("llama-cache")
+        patched.setenv("LLAMA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A Hugging Face folder with the tiny model's weights in fp32."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    pretrained.export_model(plain_model(), folder, config_to_json(CONFIG), [BUNDLED], torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    return write_reviews(tmp_path_factory.mktemp("reviews") / "reviews.jsonl", 23)
+
+
+def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """evaluate.py in this process: (exit status, stdout, stderr without progress bars)."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    status = 0
+    try:
+        run(evaluate.main)
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    lines = err.replace("\r", "\n").splitlines()
+    return status, out, "\n".join(line for line in lines if line.strip() and "it/s" not in line and "%|" not in line
+                                  and not line.startswith(("encoding", "evaluating")))  # fmt: skip
+
+
+def as_process(folder: Path, *arguments) -> tuple[int, str, str]:
+    """evaluate.py in a process of its own, started in `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *map(str, arguments)], env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("how", ["called", pytest.param("as a process", marks=pytest.mark.slow)])
+def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(
+    exported, reviews, tmp_path, monkeypatch, capsys, how
+):
+    """C51, C54: one line per review in the file's order; stdout is the result and nothing else."""
+    written, predictions = tmp_path / "new folder/result.json", tmp_path / "predictions.jsonl"
+    arguments = ("--model", exported, "--data", reviews, "--batch_size", 4, "--dtype", "float32", "--output", written,
+                 "--predictions", predictions)  # fmt: skip
+    if how == "called":
+        status, out, err = command(monkeypatch, capsys, *arguments)
+    else:
+        status, out, err = as_process(tmp_path, *arguments)
+    assert status == 0, err
+    result = json.loads(out)
+    assert result == json.loads(written.read_text())
+
+    words = answer_ids(IMDB, load_tokenizer(BUNDLED))
+    encoded = encode_file(reviews, IMDB, load_tokenizer(BUNDLED), 512)
+    loss, accuracy, n, guesses = example_by_example(plain_model(), encoded, words)
+    assert result["n"] == n == 23 and result["bad_rows"] == 0 and not result["bundled_sample"]
+    assert (result["template"], result["split"], result["held_out"]) == ("imdb", None, None)
+    assert result["loss"] == pytest.approx(loss, rel=1e-6) and result["accuracy"] == accuracy
+
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 24))
+    assert [line["answer"] for line in lines] == [("negative", "positive")[row["label"]] for row in rows]
+    assert [line["prediction"] for line in lines] == [("negative", "positive")[guesses[i]] for i in range(23)]
+    assert sum(line["prediction"] == line["answer"] for line in lines) / len(lines) == result["accuracy"]
+
+
+def test_perplexity_is_the_exponential_of_the_loss_over_every_token(exported, reviews, tmp_path, monkeypatch, capsys):
+    """C52: of a limited choice from a named part of a folder."""
+    (tmp_path / "test.jsonl").write_text(reviews.read_text())
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", tmp_path, "--metric", "perplexity",
+                               "--limit", 6, "--dtype", "float32", "--output", tmp_path / "result.json")  # fmt: skip
+    assert status == 0 and json.loads(out) == json.loads((tmp_path / "result.json").read_text()), err
+    encoded = encode_file(reviews, IMDB, load_tokenizer(BUNDLED), 512)
+    chosen = sample_indices(23, 6).tolist()
+    loss, *_ = example_by_example(plain_model(), encoded, [0, 1], every_token=True, indices=chosen)
+    result = json.loads(out)
+    assert result["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+    assert result["n"] == 6 and result["split"] == "test"
+
+
+def test_a_held_out_part_of_a_file_is_scored_when_asked_for_and_named_in_the_result(
+    exported, tmp_path, monkeypatch, capsys
+):
+    """C51, C54: exactly the rows that training with the same flag leaves out, by their number in the file."""
+    path = write_reviews(tmp_path / "reviews.jsonl", 23)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["text"] = " "  # row 5 is bad, so examples and rows are numbered differently
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good = [number for number in range(1, 24) if number != 5]
+    train, test = hold_out(22, 0.25)
+    encoded = encode_file(path, IMDB, load_tokenizer(BUNDLED), 512, skip_bad_rows=True)
+    words = answer_ids(IMDB, load_tokenizer(BUNDLED))
+    for split, chosen in (("test", test), ("train", train)):
+        status, out, err = command(
+            monkeypatch, capsys, "--model", exported, "--data", path, "--test_fraction", 0.25, "--split", split,
+            "--skip_bad_rows", "--dtype", "float32", "--predictions", tmp_path / "predictions.jsonl")
+        assert status == 0, err
+        result = json.loads(out)
+        loss, accuracy, n, _ = example_by_example(plain_model(), encoded, words, indices=chosen.tolist())
+        assert result["split"] == split and result["held_out"] == {"fraction": 0.25, "seed": 0, "examples": len(test)}
+        assert (result["n"], result["bad_rows"], result["accuracy"]) == (n, 1, accuracy) and n == len(chosen)
+        assert result["loss"] == pytest.approx(loss, rel=1e-6)
+        lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == [good[i] for i in chosen]
+        labels = [rows[good[i] - 1]["label"] for i in chosen]
+        assert [line["answer"] for line in lines] == [("negative", "positive")[label] for label in labels]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Rows whose answers are free text of very different lengths."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} or not?", "answer": "good film " * (1 + i % 7)}) + "\n"
+                            for i in range(11)))
+    return path
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "perplexity"])
+def test_free_answers_are_scored_by_their_loss_and_whole_texts_by_perplexity(
+    exported, questions, monkeypatch, capsys, metric
+):
+    """C52: loss is the default where there are no answer words; no accuracy is made up."""
+    flags = ["--metric", metric] if metric else []
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", questions, "--batch_size", 3,
+                               "--dtype", "float32", *flags)  # fmt: skip
+    assert status == 0, err
+    result = json.loads(out)
+    encoded = encode_file(questions, TEMPLATES["gsm8k"], load_tokenizer(BUNDLED), 512)
+    loss, *_ = example_by_example(plain_model(), encoded, [0, 1], every_token=metric == "perplexity")
+    assert result["loss"] == pytest.approx(loss, rel=1e-6) and result["n"] == 11 and result["template"] == "gsm8k"
+    assert "accuracy" not in result and ("perplexity" in result) == (metric == "perplexity")
+    assert result.get("perplexity", np.exp(loss)) == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, reviews, monkeypatch, capsys):
+    """C52: the loss is of the answers alone, the same with either metric; perplexity is of every token."""
+    result = {}
+    for metric in (None, "accuracy", "loss", "perplexity"):
+        flags = ["--metric", metric] if metric else []
+        status, out, _ = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--dtype", "float32",
+                                 *flags)  # fmt: skip
+        assert status == 0
+        result[metric] = {name: value for name, value in json.loads(out).items() if "second" not in name}
+    assert result[None] == result["accuracy"] and "perplexity" not in result[None]
+    assert "accuracy" not in result["loss"] and result["loss"]["loss"] == pytest.approx(result[None]["loss"], rel=1e-6)
+    assert "accuracy" not in result["perplexity"] and abs(result["perplexity"]["loss"] - result["loss"]["loss"]) > 0.1
+
+
+MISTAKES = {
+    "unknown flag": (["--modle", "x"], "--modle"),
+    "no such model": (["--model", "nowhere"], "--model nowhere: no such folder"),
+    "no such data": (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    "no such part": (["--data", "{parts}", "--split", "test"], "--split test: "),
+    "no such choice": (["--metric", "rouge-2"], "--metric"),
+    "several numbers": (["--batch_size", "0", "--limit", "-1"], "--limit -1: expected 0 or more; --batch_size 0"),
+    "too long": (["--max_length", "100000"], "--max_length 100000: the model was made for at most 2048 tokens"),
+    "too short": (["--max_length", "20"], "reviews.jsonl:1: no label is left within --max_length 20 tokens"),
+    "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
+    "accuracy of free text": (["--data", "{free}", "--metric", "accuracy"], "--metric accuracy: expected a template"),
+    "predicted free text": (["--data", "{free}", "--predictions", "p"], "--metric accuracy: expected a template with"),
+    "fraction beside a test file": (["--data", "imdb", "--data_dir", str(ROOT / "assets" / "imdb_sample"),
+                                     "--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
+    "nothing held out": (["--data", "{parts}", "--test_fraction", "0", "--split", "test"], "--split test: "),
+    "empty file": (["--data", "{empty}"], "empty.jsonl: no rows"),
+    "nothing to predict": (["--metric", "perplexity", "--predictions", "p.jsonl"], "--predictions p.jsonl"),
+    "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
+    "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),
+    "result cannot be written": (["--output", "{parts}"], "--output {parts}: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tmp_path, monkeypatch, capsys, case):
+    """R15, R18, R19: found before any scoring, except that a result cannot be written."""
+    places = {name: tmp_path / name for name in ("parts", "small", "cut")}
+    places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")}
+    places["parts"].mkdir()
+    first = reviews.read_text().splitlines()[0] + "\n"
+    (places["parts"] / "train.jsonl").write_text(first)
+    places["bad"].write_text(first + "{\n")
+    places["empty"].write_text("")
+    places["free"].write_text('{"question": "1?", "answer": "2"}\n')
+    for name in ("small", "cut"):
+        places[name].mkdir()
+        for path in exported.iterdir():
+            (places[name] / path.name).write_bytes(path.read_bytes()[: -1 if path.suffix == ".safetensors" else None])
+    config = json.loads((exported / "config.json").read_text())
+    (places["small"] / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    monkeypatch.chdir(tmp_path)
+
+    arguments, expected = MISTAKES[case]
+    arguments = [argument.format(**places) for argument in arguments]
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--limit", 2, *arguments)
+    lines = {"bad row": 2, "too short": 6}.get(case, 1)  # the first five bad rows, and how many there are
+    assert status == 2 and len(err.splitlines()) == lines and expected.format(**places) in err.splitlines()[0], err
+    assert not dist.is_initialized() and (not out or case == "result cannot be written")
