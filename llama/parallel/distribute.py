@@ -95,5 +95,9 @@ def shard(
         fully_shard(layer, **how)
     # Embedding, last norm and lm_head in one unit: a tied weight must be in one unit to stay one weight.
     fully_shard(model, **how)
+    # While one unit computes, the next one is gathered already.
+    units = [model, *model.layers]
+    for unit, following in zip(units, units[1:], strict=False):
+        unit.set_modules_to_forward_prefetch([following])
     # FSDP gathers weights before `forward` only, unless it is told of another method that computes.
     register_fsdp_forward_method(model, "logits")
