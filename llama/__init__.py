@@ -1,48 +1,36 @@
-"""A Llama, and what is needed to train and run one. Read the files in this order; each is one idea.
+"""A Llama, and what is needed to train and run one, in eight rooms. A room imports only rooms above it in this list:
 
-    errors      mistakes told in one line
-    folder      reading what a stranger may have made: only a folder's own files, only so much of them
-    config      the shape of a model, from config.json
-    norm        RMSNorm                                                  x -> x of unit size
-    rope        rotary positions                                         angles, and turning q and k by them
-    attention   grouped-query attention                                  q, k, v and back
-    packed      which token may look at which; attention over documents laid end to end
-    mlp         SwiGLU
-    embedding   a token's vector, with an exact gradient
-    loss        cross-entropy without all the logits
-    model       the decoder: all of the above in a residual stream
-    tokenizer   text <-> ids, for three kinds of file
-    rows        JSONL and Parquet, one row after the other; what is wrong with one is told beside it
-    templates   a row as segments of text: prompt and answer, from a text with {fields}
-    chat        a conversation as segments: four layouts
-    together    ranks that fail together
-    durable     files and folders that appear whole or not at all
-    cache       folders that are made once per content
-    encoding    segments -> ids and labels, kept in memory-mapped files
-    batches     which examples when, on which rank, packed how
-    slices      safetensors files in which each rank reads and writes only its own part
-    quantize    frozen linears in 8 or 4 bits a weight
-    pretrained  Hugging Face folder <-> model, through slices
-    adamw8bit   AdamW with moments of a byte each
-    optim       AdamW's groups, the learning rate, the gradient's norm
-    parallel    processes, devices, FSDP2, compile, recomputed activations: applied from outside
-    hub, cli    downloads; settings as flags
-    checkpoint  saved states that exist whole or not at all, proved by digests; the command that lists them
-    interruption   being asked to stop: SIGTERM, SIGUSR1
-    journal     the folder of a run: metrics, loss curve
-    plan        what the ranks agree on before anything is built
+    model        what a Llama computes; imports torch and nothing else of this project
+    boundary     how flags, JSON files, strangers' folders and downloads are checked
+    data         from a row in a file to a packed stream of tokens and labels
+    parallel     several processes, and what each holds of a model
+    generation   from a prompt to text (not built yet)
+    storage      files of weights: pretrained folders, adapters, checkpoints
+    evaluation   how good a model is
+    training     one run: its flags and their ranges (settings.py), plan, optimizer and report
 
-then `data.py` (the data sets by name, and a look at them), `lora.py` (adapters), `evaluate.py`, and `fsdp_train.py`,
-which tells the story with all of them. One legend of shapes holds for the package:
+The scripts above the rooms tell one story each. fsdp_train.py trains, evaluate.py scores, checkpoints.py lists and
+exports what a run has saved. lora.py is LoRA, and merges an adapter; data.py is the data sets, and shows one.
+
+The life of one review, `python fsdp_train.py --data imdb`, from a row in a file to a checkpoint:
+
+    1  row         {"text": "A dull film.", "label": 0} is read from train.jsonl          data/rows.py
+    2  segments    the prompt around the text, and apart from it the answer " negative"   data/templates.py
+    3  ids         each segment is encoded alone; the ids of the answer are the labels    data/encoding.py
+    4  example     ids and labels of all rows lie end to end in a file, encoded once      data/examples.py
+    5  batch       (seed, step) choose the examples; they are packed into one stream      data/batches.py
+    6  loss        a sum over labels, divided once by the labels of all ranks             fsdp_train.py, model/loss.py
+    7  update      gradients are summed over ranks and clipped; AdamW changes each shard  training/optim.py
+    8  checkpoint  each rank writes its slices; a rename makes the folder appear whole    storage/atomic.py, slices.py
+
+What to read in an hour, in this order: model/ (config, norm, rope, attention, packed, mlp, embedding, loss, decoder),
+data/batches.py, parallel/distribute.py, lora.py, training/optim.py, and fsdp_train.py from top to bottom. The other
+files check input, read and write files, and report; you can understand training without reading them.
+
+One legend of shapes holds everywhere:
 
     T  tokens in the stream          D  hidden_size             H  head_dim
-    R  rows with a label             F  intermediate_size       N  query heads
+    R  tokens before a label         F  intermediate_size       N  query heads
     S  keys a block may see          V  vocab_size              K  key/value heads
+    G  query heads that share one key/value head: N / K
 """
-
-from llama.data.tokenizer import load_tokenizer
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
-from llama.model.packed import PackedDocuments
-
-__all__ = ["Llama", "ModelConfig", "PackedDocuments", "load_tokenizer"]
