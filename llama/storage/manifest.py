@@ -74,6 +74,8 @@ def read_manifest(path: Path) -> Manifest:
         with as_user_error(where):
             if content.pop("sha256", None) != _digest(content):
                 raise ValueError("its own digest differs")
+            if "identity" in content:
+                raise ValueError("has both settings and identity")
             content["identity"] = content.pop("settings")
         manifest = read_record(Manifest, content, where)
         if manifest.step != step_of(path):

@@ -117,6 +117,7 @@ def test_files_that_the_manifest_does_not_name_or_names_elsewhere_are_refused(tm
     {"step": 5}, {"step": "1"}, {"step": True}, {"step": None}, {"settings": []}, {"totals": {"examples": "many"}},
     {"totals": {"examples": float("nan")}}, {"held_out": {"loss": None}}, {"files": ["model.safetensors"]},
     {"files": {"model.safetensors": 3}}, {"files": {"model.safetensors": {"bytes": 1}}}, {"more": 1}, {"ranks": 1.0},
+    {"identity": {}},
     {"held_out": 3}, {"totals": {"examples": 10**400}}, {"held_out": {"loss": 10**400}}, {"totals": {"seconds": 0}},
     {"files": {"model.safetensors": {"bytes": "x", "sha256": "y"}}},
 ], ids=str)  # fmt: skip
