@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from llama.boundary.errors import UserError, as_user_error
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
 
 
 def setting(
@@ -70,8 +70,8 @@ def expected_instead(entry: Field, value: Any) -> str:
         return ""
     range_text = described_range(entry.metadata)
     accepted = int | float if kind is float else kind
-    if kind in KINDS and (not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool)):
-        return KINDS[kind] + (f", {range_text}" if range_text else "")
+    if kind in TYPE_NAMES and (not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool)):
+        return TYPE_NAMES[kind] + (f", {range_text}" if range_text else "")
     if kind in (int, float) and not in_range(value, entry.metadata):
         return range_text or "a finite number"
     return ""

@@ -15,7 +15,7 @@ from evaluate import EvaluationSettings
 from llama.boundary.command_line import parse
 from llama.boundary.errors import UserError
 from llama.boundary.records import (
-    KINDS,
+    TYPE_NAMES,
     Settings,
     described_range,
     expected_instead,
@@ -137,7 +137,7 @@ def test_what_a_field_accepts_is_of_its_type_and_in_its_range(name, value):
 
 def test_the_kind_of_a_field_that_may_be_none_is_that_of_its_values():
     assert kind_of(ENTRIES["limit"]) is int and kind_of(ENTRIES["whole"]) is bool
-    assert kind_of(ENTRIES["targets"]) == tuple[str, ...] and kind_of(ENTRIES["targets"]) not in KINDS
+    assert kind_of(ENTRIES["targets"]) == tuple[str, ...] and kind_of(ENTRIES["targets"]) not in TYPE_NAMES
 
 
 def test_one_declaration_serves_flags_json_and_help(capsys):
