@@ -62,11 +62,11 @@ class Run:
     settings: TrainingSettings
     task: Task
     process: Process
-    plan: Plan
+    plan: Plan  # what the ranks have agreed on: the batches, the run's folder, the checkpoint to continue from
     model: Llama
     optimizer: torch.optim.Optimizer
-    saver: Saver
-    report: Report
+    saver: Saver  # writes checkpoints
+    report: Report  # writes metrics.jsonl and the screen; on other ranks than 0 it does nothing
 
 
 @record  # gives torchrun the traceback of the rank that failed first
@@ -114,7 +114,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
     report.begin(model, task.data.counts(), task.data.notes())
     saver = Saver(plan.output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     current = Run(settings, task, process, plan, model, optimizer, saver, report)
-    before = report.held_out(0, held_out(current)) if plan.first_step == 0 else report.held_out_before()
+    before = report.held_out(0, evaluate_held_out(current)) if plan.first_step == 0 else report.held_out_before()
     try:
         after, totals = run_steps(current)
     except UserError:  # all ranks raise it; before they end, they finish the checkpoint being written in the background
@@ -123,7 +123,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
         raise
     saver.wait()
     if plan.first_step == plan.steps:  # resumed after the last step: run_steps has done and measured nothing
-        after = held_out(current)
+        after = evaluate_held_out(current)
     report.check()
     if adapter:
         save_adapter(model, result, adapter, task.base.name, replace=True)
@@ -188,7 +188,7 @@ def run_steps(current: Run) -> tuple[dict, Counter]:
                 report.check()  # raises on all ranks: rank 0 could not write metrics.jsonl
             metrics = {}  # of this step only: the checkpoint records them as its own
             if is_last or (not stop and is_due(done, settings.eval_every)):
-                metrics = report.held_out(done, held_out(current))
+                metrics = report.held_out(done, evaluate_held_out(current))
             if is_last or stop or is_due(done, settings.save_every):
                 report.check()  # before saving: a run resumed from this checkpoint will not write earlier lines again
                 save_state(current.saver, done, current.model, optimizer, plan.identity, totals, metrics)
@@ -234,7 +234,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     return float(total) / labels, float(norm), counts
 
 
-def held_out(current: Run) -> dict:
+def evaluate_held_out(current: Run) -> dict:
     """Metrics on held-out answers (with --train_on_prompt, too, prompts do not count); {} where none are held out."""
     settings, task, model = current.settings, current.task, current.model
     if task.data.test is None:
