@@ -6,13 +6,14 @@ becomes a control token: code adds those by id, through `bos_id`, `eos_id` and `
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 from llama.boundary.errors import UserError, first_few
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What all kinds of tokenizer share. Each kind adds `_ids` and `_codecs`.
 
     vocab_size: the highest id + 1, control tokens included.
@@ -36,9 +37,9 @@ class Tokenizer:
         self._control = control
         self._control_ids = {*control.values(), eos_id}
 
+    @abstractmethod
     def _ids(self, texts: list[str], starts_text: bool) -> list[list[int]]:
         """The ids of each text, without BOS."""
-        raise NotImplementedError
 
     def encode(self, text: str, starts_text: bool = True) -> list[int]:
         """The ids of `text`, with BOS and the dummy space if it starts a text, with neither if it continues one.
