@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process
+from llama.parallel.shards import whole_tensor
 
 
 def this_process() -> Process:
@@ -34,4 +34,4 @@ def build(
 
 
 def whole(tensor: torch.Tensor | nn.Parameter) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return whole_tensor(tensor).detach().clone()

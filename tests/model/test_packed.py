@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed_llama import logits_of, random_model, random_tokens
 from torch.nn import functional as F
 
 import llama.model.packed
-from llama.model.config import ModelConfig
-from llama.model.decoder import Llama
 from llama.model.packed import QUERY_ROWS, PackedDocuments, _cut, varlen, varlen_attn
 
-CONFIG = ModelConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-                     num_key_value_heads=2, head_dim=8)
 LENGTHS = [[1], [2, 1, 1], [128], [129, 127], [5, 1, 130, 128, 127, 300, 64]]
 HEADS = [(3, 3), (6, 2), (8, 1)]  # query and key/value heads: 1, 3 and 8 of the first for one of the second
 PATHS = ["attend_blocks", "attend_sdpa"]  # on the CPU; the model takes the first there
@@ -187,25 +184,6 @@ def test_blocks_cover_every_row_once_and_hold_all_the_keys_it_may_see(lengths):
         assert first == first_key[start]
         covered = end
     assert covered == sum(lengths)
-
-
-def random_model(seed: int = 0, config: ModelConfig = CONFIG) -> Llama:
-    model = Llama(config).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) / 4)
-    return model
-
-
-def random_tokens(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(CONFIG.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def logits_of(model: Llama, *documents: torch.Tensor) -> list[torch.Tensor]:
-    """Of each of the documents, packed into one stream."""
-    packed = PackedDocuments([len(d) for d in documents])
-    return list(model.logits(torch.cat(documents), packed).split(packed.lengths))
 
 
 @pytest.mark.parametrize("before, after", [(1, 9), (40, 9), (127, 30), (128, 128), (300, 150)])
