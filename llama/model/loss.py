@@ -28,14 +28,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             rows = hidden[start : start + chunk]
             target = targets[start : start + chunk, None]
-            # The logits are not assigned to a variable, which would keep them in memory until the next chunk.
-            log_p = torch.log_softmax((rows @ weight.t()).to(loss_dtype), dim=-1)
-            loss -= log_p.gather(1, target).sum()
+            # From the logits to their gradient in place. (log_softmax adds V numbers one by one on a CPU: 1e-5 off.)
+            z = (rows @ weight.t()).to(loss_dtype)
+            z -= z.amax(dim=-1, keepdim=True)  # so that exp cannot overflow
+            z_target = z.gather(1, target)
+            exp_z = z.exp_()
+            sums = exp_z.sum(dim=-1, keepdim=True)
+            loss += (sums.log() - z_target).sum()
             if not (need_hidden or need_weight):
                 continue
-            # In place: exp makes the probabilities, and subtracting 1 at the target makes them dz.
+            probabilities = exp_z.div_(sums)
             minus_one = -torch.ones_like(target, dtype=loss_dtype)
-            d_logits = log_p.exp_().scatter_add_(1, target, minus_one).to(hidden.dtype)
+            d_logits = probabilities.scatter_add_(1, target, minus_one).to(hidden.dtype)
             if need_hidden:
                 d_hidden[start : start + chunk] = d_logits @ weight
             if need_weight:

@@ -84,6 +84,21 @@ def test_huge_logits_do_not_overflow():
     torch.testing.assert_close(loss, plain(hidden, weight, targets))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.8, 0.5])
+def test_probabilities_of_a_large_vocabulary_add_up_to_one(scale):
+    """C10: one likely token among 128,255 unlikely ones. Added one by one in fp32, as torch.log_softmax adds on a CPU,
+    their sum and the loss are off by 1e-5."""
+    weight = torch.randn(128_256, 1, generator=torch.Generator().manual_seed(0))
+    weight[7] = 20.0
+    hidden, targets = torch.tensor([[scale]]), torch.tensor([7])
+    loss = summed_cross_entropy(hidden, weight.requires_grad_(), targets)
+    loss.backward()
+    d_logits = weight.grad.double() / scale  # probabilities, and at the target 1 less
+    assert abs(d_logits.sum()) <= 1e-6
+    exact = -(weight.detach().double() * scale).log_softmax(0)[7]
+    assert abs(loss - exact) <= 1e-6 * max(1, exact)
+
+
 @pytest.mark.parametrize("needs", ["hidden", "weight"])
 def test_either_input_may_be_frozen(needs):
     """A frozen lm_head gets no gradient, as under LoRA; nor do hidden states when only the head is trained."""
