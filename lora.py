@@ -67,8 +67,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W + s B A|| of each row (out), fp32."""
-        delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
-        return row_lengths(self.base_weight().float() + self.scaling * delta)
+        low, up = self.lora_A.weight.float(), self.lora_B.weight.float()
+        return row_lengths(torch.addmm(self.base_weight().float(), up, low, alpha=self.scaling))
 
     def base_weight(self) -> Tensor:
         """W (out, in)."""
