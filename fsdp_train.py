@@ -217,7 +217,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     if labels == 0:
         raise UserError(f"--data {settings.data}: examples {indices[:5]} ... of one step hold no label")
     mine = micro_batches[process.rank :: process.world_size]
-    total = torch.zeros((), device=process.device)
+    total = torch.zeros((), dtype=torch.float64, device=process.device)
     for i, micro_batch in enumerate(mine):
         batch = pack(examples, micro_batch, process.device)
         # Gradients can be summed over ranks after every micro-batch, or once, after the last.
