@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.boundary.durable import write_durably
+from llama.boundary.durable import sync, write_durably
 from llama.boundary.errors import one_line
 from llama.parallel.collectives import fail_together, is_rank_zero
 from llama.parallel.shards import Part
@@ -131,6 +131,8 @@ def set_aside(folder: Path, step: int) -> list[Path]:
             names = (path.with_suffix(f".aside{number or ''}") for number in range(10_000))
             free = next(name for name in names if not name.exists())
             moved.append(path.rename(free))
+    if moved:
+        sync(folder)  # one that a power cut brought back would be taken for the newest of this run
     return moved
 
 
