@@ -16,6 +16,8 @@ from typing import Any, get_args
 
 from llama.boundary.errors import UserError, as_user_error
 
+LARGEST = sys.maxsize  # of whole numbers: 2**63 - 1
+BOUNDS = ("at_least", "at_most", "above", "below")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
 
 
@@ -26,7 +28,7 @@ def setting(
     bare: str | None = None,
     **bounds: float,
 ) -> Any:
-    """A field of a record. `bounds`: at_least, at_most, above, below. `bare`: the value of a flag that has none."""
+    """A field of a record. `bounds`: some of BOUNDS. `bare`: the value of a flag that has none."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare, **bounds})
 
 
@@ -39,23 +41,23 @@ def kind_of(entry: Field) -> type:
 
 def described_range(bounds: Mapping) -> str:
     """A field's range in words; "" where every value is allowed."""
-    low, high = bounds.get("at_least"), bounds.get("at_most")
-    above, below = bounds.get("above"), bounds.get("below")
-    if low is not None and high is not None:
-        return f"{low:g} to {high:g}" if high < 1e5 or isinstance(high, float) else f"{low} to {high}"
-    if low is not None and below is not None:
-        return f"{low:g} to {below:g}, without {below:g}"
-    if above is not None and high is not None:
-        return f"more than {above:g}, at most {high:g}"
-    if above is not None:
-        return f"more than {above:g}"
-    return f"{low:g} or more" if low is not None else ""
+    shown = {name: f"{bound:.15g}" for name, bound in bounds.items() if name in BOUNDS}  # 1000000, not 1e+06
+    low, high, above, below = map(shown.get, BOUNDS)
+    if low and high:
+        return f"{low} to {high}"
+    if low and below:
+        return f"{low} to {below}, without {below}"
+    if above and high:
+        return f"more than {above}, at most {high}"
+    if above:
+        return f"more than {above}"
+    return f"{low} or more" if low else ""
 
 
 def in_range(value: float, bounds: Mapping) -> bool:
-    """Whether a number is finite and within its bounds."""
+    """Whether a number is finite, has room in 64 bits, and is within its bounds."""
     return (
-        abs(value) <= sys.float_info.max  # not math.isfinite, which raises OverflowError for an int of 400 digits
+        abs(value) <= (LARGEST if isinstance(value, int) else sys.float_info.max)
         and value >= bounds.get("at_least", -math.inf)
         and value <= bounds.get("at_most", math.inf)
         and value > bounds.get("above", -math.inf)
@@ -73,6 +75,8 @@ def expected_instead(entry: Field, value: Any) -> str:
     if kind in TYPE_NAMES and (not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool)):
         return TYPE_NAMES[kind] + (f", {range_text}" if range_text else "")
     if kind in (int, float) and not in_range(value, entry.metadata):
+        if isinstance(value, int) and abs(value) > LARGEST and "at_most" not in entry.metadata:
+            return f"{range_text or 'a number'}, of at most 64 bits"
         return range_text or "a finite number"
     return ""
 
@@ -88,7 +92,7 @@ class Settings:
     def __post_init__(self):
         found = [(entry.name, expected_instead(entry, getattr(self, entry.name))) for entry in fields(self)]
         found += [(name, expected) for name, expected, is_so in self.checks() if not is_so]
-        wrong = [f"--{name} {getattr(self, name)}: expected {expected}" for name, expected in found if expected]
+        wrong = [f"--{name} {getattr(self, name)!s:.200}: expected {expected}" for name, expected in found if expected]
         if wrong:
             raise UserError(f"{Path(sys.argv[0]).name}: {'; '.join(wrong)}")
 
