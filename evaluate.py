@@ -16,8 +16,9 @@ import numpy as np
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data
-from llama.boundary.command_line import is_local_rank_zero, parse, run
+from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError, reason
+from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.records import setting
 from llama.data.examples import EncodedData
 from llama.data.sources import BUNDLED_SAMPLE, PUBLIC_DATASETS, DataSettings

@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from llama.boundary.command_line import is_local_rank_zero
 from llama.boundary.errors import UserError, as_user_error, printable
+from llama.boundary.launch import is_local_rank_zero
 from llama.data.cache import cached, digest
 from llama.data.chat import Renderer
 from llama.data.encoding import Encoded, encode_rows
