@@ -1,24 +1,54 @@
 """From a record of settings to a command line, for every script, and from an error to one line and an exit status.
 
-Flags keep the names of the fields, with underscores as torchrun's own have.
+Flags keep the names of the fields, with underscores as torchrun's own have; hyphens are accepted.
 """
 
 import argparse
-import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from llama.boundary.errors import UserError
+from llama.boundary.launch import is_local_rank_zero, refuse_copies
 from llama.boundary.records import described_range, kind_of
+from llama.boundary.streams import finish_output, forgiving, open_missing
+
+INTERRUPTED = "interrupted"
+PATIENCE = 10.0  # seconds: once local rank 0 has ended, torchrun ends the others within a second
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors."""
+    """argparse whose errors are UserErrors with a suggestion. It reads --learning-rate as --learning_rate."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        known, unknown = super().parse_known_args([self._with_underscores(word) for word in given], namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+    def _with_underscores(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        flag = f"--{flag[2:].replace('-', '_')}"
+        return flag + equals + value if word.startswith("--") and flag in self._option_string_actions else word
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}")
+        unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        close = []
+        if unknown:
+            close = get_close_matches(unknown[1].replace("-", "_"), self._option_string_actions, n=1)
+        elif choice:
+            close = get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+        hint = f". Did you mean {close[0]}?" if close else ""
+        raise UserError(f"{self.prog}: {message:.1000}{hint}")
 
 
 def parse(settings: type, argv: Sequence[str] | None = None, description: str | None = None) -> Any:
@@ -49,7 +79,7 @@ def _add_flag(group, entry: Field) -> None:
     notes = [described_range(entry.metadata)]
     if required:
         notes.append("required")
-    elif entry.default is not None:  # None: the help text itself says what happens without the flag
+    elif entry.default not in (None, ""):  # these: the help text itself says what happens without the flag
         notes.append(f"default: {entry.default}")
     notes = "; ".join(filter(None, notes))
     group.add_argument(
@@ -63,32 +93,59 @@ def _add_flag(group, entry: Field) -> None:
     )
 
 
-def is_local_rank_zero() -> bool:
-    """Whether this is the one process of its machine that reports; known before the processes have joined."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def run(main: Callable[[], None]) -> NoReturn | None:
+def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None:
     """Call `main`. A UserError becomes one line on stderr, once per machine, and exit status 2 on every rank.
 
-    An OSError, such as a full disk, also becomes one line and status 2; it may happen on one rank only.
+    An OSError, such as a full disk, also becomes one line and status 2; it may happen on one rank only. Ctrl-C becomes
+    one line and status 130. When the reader of stdout has gone, as after `| head`, the program ends with status 141,
+    as other commands do. With `keep_going` it goes on: what it prints is not its result.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        if hasattr(stream, "reconfigure"):  # or a character that the terminal cannot show would raise
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams(keep_going)
     try:
+        refuse_copies(Path(sys.argv[0]).name)
         main()
+        sys.stdout.flush()
+        return
     except UserError as error:
-        if is_local_rank_zero():
-            print("\n".join(error.lines), file=sys.stderr, flush=True)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our output is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _let_rank_zero_speak()
+        status, text = 2, "\n".join(error.lines)
+    except BrokenPipeError:
+        status, text = 141, ""
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"{error.filename or 'output'}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status, text = 2, f"{error.filename or 'output'}: {error.strerror}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        status, text = 130, INTERRUPTED if is_local_rank_zero() else ""
+    finally:
+        finish_output()
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _prepare_streams(keep_going: bool) -> None:
+    open_missing()
+    if sys.stderr is sys.__stderr__:  # it is not in a test, and not when `run` is called again
+        sys.stderr = forgiving(sys.stderr)
+    if keep_going and sys.stdout is sys.__stdout__:
+        sys.stdout = forgiving(sys.stdout)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # or a character that the terminal cannot show would raise
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _report_uncaught  # for Ctrl-C outside of `run`: while the script imports torch
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _let_rank_zero_speak() -> None:
+    """On other ranks, wait until torchrun ends this process: it does so as soon as one rank has ended, and that must be
+    the one that prints. Return where this does not happen: then this rank alone has met the error."""
+    if not is_local_rank_zero():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(PATIENCE)
