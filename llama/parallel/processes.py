@@ -1,7 +1,7 @@
 """This process among the others: joining them, its device, and the dtype that the device computes in best."""
 
 import ctypes
-import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama.boundary.errors import UserError
+from llama.boundary.launch import TORCHRUN, Launch, launch
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
@@ -39,15 +40,18 @@ class Process:
 def join() -> Iterator[Process]:
     """Join the other processes that torchrun started, or stand alone where there is no torchrun.
 
-    CUDA and NCCL where there are GPUs, CPU and gloo where there are none. Raises UserError when a node has more
-    processes than GPUs.
+    CUDA and NCCL where there are GPUs, CPU and gloo where there are none. Says so when some of torchrun's variables are
+    set although torchrun has not started this. Raises UserError when a node has more processes than GPUs.
     """
-    launched = {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys()
+    launched = launch()
     device = _own_device(launched)
-    if launched:
+    if launched.by_torchrun:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
+        if launched.ignored:
+            found = f"torchrun sets all of {', '.join(TORCHRUN)}, and possible values"
+            print(f"{', '.join(launched.ignored)}: ignored, this is one process alone; {found}", file=sys.stderr)
     own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -55,7 +59,7 @@ def join() -> Iterator[Process]:
     try:
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
         yield Process(rank, world_size, device, mesh, store)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         # Only a UserError is known to have reached all ranks. After any other error this process just ends: the others
         # notice that it is gone, and by then its traceback has been printed, before theirs.
         leave = isinstance(error, UserError)
@@ -68,18 +72,17 @@ def join() -> Iterator[Process]:
             time.sleep(0.2)
 
 
-def _own_device(launched: bool) -> torch.device:
+def _own_device(launched: Launch) -> torch.device:
     """The GPU of this process, chosen by its local rank; the CPU where there are no GPUs."""
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     gpus = torch.cuda.device_count()
-    if processes > gpus:
-        raise UserError(f"--nproc_per_node {processes}: this node has {gpus} GPUs, expected one for each process")
+    if launched.local_world_size > gpus:
+        wrong = f"--nproc_per_node {launched.local_world_size}: this node has {gpus} GPUs"
+        raise UserError(f"{wrong}, expected one for each process")
     # The local rank, not the rank: on the second of two 8-GPU nodes ranks 8-15 own devices 0-7.
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", launched.local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -15,7 +15,8 @@ from llama.parallel.processes import join, name_of_attempt
 def left(monkeypatch) -> list[str]:
     """Rank 9 of two 8-GPU nodes, without any of them; who has left the group."""
     said = []
-    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here")):
+    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here"),
+                        ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 9, 16)]))
