@@ -5,12 +5,17 @@
     python checkpoints.py export RUN OUT [--step NAME]  write the model or adapter of one checkpoint
 """
 
-from argparse import Namespace, RawDescriptionHelpFormatter
+from llama.boundary.command_line import run
+from llama.storage.settings import parse_command
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
+    run(lambda: parse_command(__doc__))
+
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from llama.boundary.command_line import Parser, run
 from llama.boundary.errors import UserError, as_user_error, one_line
 from llama.boundary.records import read_record
 from llama.model.quantize import KINDS
@@ -26,7 +31,7 @@ from lora import Changes
 
 
 def main() -> None:
-    asked = parse_command()
+    asked = parse_command(__doc__)
     found = published(asked.run / "checkpoints")
     if not found:
         raise UserError(f"{asked.run}: has no checkpoint")
@@ -36,24 +41,6 @@ def main() -> None:
         verify_all([chosen(asked, found)] if asked.step else found)
     else:
         export(chosen(asked, found), asked.out, asked.model)
-
-
-def parse_command() -> Namespace:
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, help_text in (
-        ("list", "what is there"),
-        ("verify", "is it whole: reads every byte"),
-        ("export", "write what the run would have left, had it ended there"),
-    ):
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("run", type=Path, help="the run's folder")
-        if name == "export":
-            command.add_argument("out", type=Path, help="the folder to make")
-            command.add_argument("--model", help="folder of the base model, if it has moved since the run")
-        if name != "list":
-            command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")
-    return parser.parse_args()
 
 
 def chosen(asked: Namespace, found: list[Path]) -> Path:

@@ -6,24 +6,27 @@
 Every example is scored exactly once. The number of ranks and the batch size do not change the result.
 """
 
+from llama.boundary.command_line import parse, run
+from llama.evaluation.settings import EvaluationSettings
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
+    run(lambda: parse(EvaluationSettings, description=__doc__))
+
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data
-from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError, reason
 from llama.boundary.launch import is_local_rank_zero
-from llama.boundary.records import setting
 from llama.data.examples import EncodedData
-from llama.data.sources import BUNDLED_SAMPLE, PUBLIC_DATASETS, DataSettings
+from llama.data.sources import BUNDLED_SAMPLE, PUBLIC_DATASETS
 from llama.evaluation.score import answer_ids, evaluate
-from llama.model.quantize import KINDS
 from llama.parallel.collectives import gather
 from llama.parallel.processes import compute_dtype, join
 from llama.storage.base import Base
@@ -31,48 +34,6 @@ from llama.storage.peft import read_adapter
 from lora import Changes, open_model
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(DataSettings):
-    """what to score, and how"""
-
-    model: str = setting(help="a Hugging Face folder, or a hub id")
-    adapter: str | None = setting(None, "put this LoRA adapter on the model, a folder in PEFT's format")
-    quantize: str = setting(
-        "none", "round the linears to 8 or 4 bits, as an adapter was trained over", choices=("none", *KINDS)
-    )
-    split: str = setting(
-        "test",
-        "which part to score; a single file is scored whole unless --test_fraction is given",
-        choices=("train", "test"),
-    )
-    limit: int = setting(0, "score a fixed random choice of this many examples; 0: all", at_least=0)
-    metric: str | None = setting(
-        None,
-        "accuracy: of the answer word; loss: of the answers; perplexity: of every token of the rendered text; accuracy "
-        "where there are answer words, else loss",
-        choices=("accuracy", "loss", "perplexity"),
-    )
-    batch_size: int = setting(16, "examples per rank and forward", at_least=1)
-    dtype: str | None = setting(
-        None,
-        "what to compute in; bfloat16 where the device has it, else float32",
-        choices=("bfloat16", "float32"),
-    )
-    output: str | None = setting(None, "write the metrics to this JSON file")
-    predictions: str | None = setting(None, "write one JSON line per example, in the order of the file")
-
-    def checks(self):
-        asked = self.predictions
-        return [
-            *super().checks(),
-            ("adapter", "a folder", self.adapter != ""),
-            ("predictions", "another file than --output", not asked or asked != self.output),
-            # Without answer words nothing is predicted, and the file would be empty.
-            ("predictions", "--metric accuracy with it", not asked or self.metric in (None, "accuracy")),
-        ]
-
-
-@record  # gives torchrun the traceback of the rank that failed first
 def main() -> None:
     settings = parse(EvaluationSettings, description=__doc__)
     base = Base.pretrained(settings.model, settings.max_length)
@@ -95,11 +56,11 @@ def main() -> None:
             metrics["perplexity"] = float(np.exp(metrics["loss"]))
         result = describe(settings, found, data, split) | {"ranks": process.world_size} | metrics
         result |= {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}
-        print(json.dumps(result, indent=2))
         if settings.output:
             write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
             write("predictions", settings.predictions, prediction_lines(found, data, guesses))
+        print(json.dumps(result, indent=2))  # last: nobody may be there to read it
 
 
 def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData, str | None]:
@@ -161,4 +122,4 @@ def write(flag: str, path: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    record(run)(main)  # record gives torchrun the traceback of the rank that failed first

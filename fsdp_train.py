@@ -8,8 +8,13 @@
 The same code runs each of them: CUDA and NCCL where there are GPUs, CPU and gloo where there are none.
 """
 
+from llama.boundary.command_line import parse, run
+from llama.training.settings import TrainingSettings, is_due
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
+    run(lambda: parse(TrainingSettings, description=__doc__))
+
 import math
-import os
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -22,8 +27,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data, run_name
-from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError
+from llama.boundary.launch import launch
 from llama.data.batches import pack
 from llama.data.examples import EncodedData
 from llama.evaluation.score import answer_ids, evaluate
@@ -38,7 +43,6 @@ from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.training.plan import COUNTS, Plan, make_plan
 from llama.training.report import Report
-from llama.training.settings import TrainingSettings, is_due
 from llama.training.state import restore, save_state
 from llama.training.stopping import STOPPED, StopRequests
 from lora import Changes
@@ -69,9 +73,8 @@ class Run:
     report: Report  # writes metrics.jsonl and the screen; on other ranks than 0 it does nothing
 
 
-@record  # gives torchrun the traceback of the rank that failed first
 def main() -> None:
-    settings = parse(TrainingSettings, description=__doc__).with_recipe(int(os.environ.get("WORLD_SIZE", 1)))
+    settings = parse(TrainingSettings, description=__doc__).with_recipe(launch().world_size)
     task = error = None
     try:
         task = read(settings)
@@ -163,17 +166,15 @@ def run_steps(current: Run) -> tuple[dict, Counter]:
     totals = Counter(plan.manifest.totals if plan.manifest else dict.fromkeys(COUNTS, 0))
     metrics = {}
     current.model.train()
-    with report.progress_bar(), StopRequests() as stop_requests:
+    with report.progress_bar(), StopRequests(settings.save_minutes) as stop_requests:
         for step in range(plan.first_step, plan.steps):
             began = time.perf_counter()
             done = step + 1
             is_last = done == plan.steps
             loss, norm, counts = train_step(current, step)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {done}: loss {loss}, gradient norm {norm}: not finite, so the weights were left as they "
-                    f"were; whole checkpoints: {current.saver.newest}"
-                )
+                problem = f"loss {loss}, gradient norm {norm}: not finite, so the weights were left as they were"
+                raise UserError(f"step {done}: {problem}; whole checkpoints: {current.saver.newest}")
             rate = learning_rate(step, plan.steps, settings.learning_rate, settings.lr_schedule, settings.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -183,13 +184,13 @@ def run_steps(current: Run) -> tuple[dict, Counter]:
             totals.update(counts)
             report.step(done, loss, norm, rate, counts)
 
-            stop, failed = stop_requests.agreed(report.failed)
+            stop, failed, save = stop_requests.agreed(report.failed, is_due(done, settings.save_every))
             if failed:
                 report.check()  # raises on all ranks: rank 0 could not write metrics.jsonl
             metrics = {}  # of this step only: the checkpoint records them as its own
             if is_last or (not stop and is_due(done, settings.eval_every)):
                 metrics = report.held_out(done, evaluate_held_out(current))
-            if is_last or stop or is_due(done, settings.save_every):
+            if is_last or save:
                 report.check()  # before saving: a run resumed from this checkpoint will not write earlier lines again
                 save_state(current.saver, done, current.model, optimizer, plan.identity, totals, metrics)
             if stop and not is_last:
@@ -239,12 +240,10 @@ def evaluate_held_out(current: Run) -> dict:
     settings, task, model = current.settings, current.task, current.model
     if task.data.test is None:
         return {}
-    metrics, _ = evaluate(
-        model, task.data.test, current.process, settings.batch_size, settings.eval_limit, task.words
-    )
+    metrics, _ = evaluate(model, task.data.test, current.process, settings.batch_size, settings.eval_limit, task.words)
     model.train()
     return metrics
 
 
 if __name__ == "__main__":
-    run(main)
+    record(run)(main, keep_going=True)  # record gives torchrun the traceback of the rank that failed first

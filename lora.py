@@ -15,6 +15,12 @@ DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length 
     python lora.py --model DIR --adapter runs/alpaca-DIR/adapter --output merged
 """
 
+from llama.boundary.command_line import parse, run
+from llama.storage.settings import MergeSettings
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
+    run(lambda: parse(MergeSettings, description=__doc__))
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama.boundary.command_line import parse, run
+from llama.boundary.choices import ALL_LINEAR
 from llama.boundary.errors import UserError, as_user_error
-from llama.boundary.records import Settings, setting
 from llama.model import Llama
 from llama.model.quantize import KINDS, Int8Linear, NF4Linear, QuantizedLinear, quantize
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process, join
 from llama.parallel.shards import all_finite, draw, local_slice, whole_tensor
 from llama.storage.base import Base
-from llama.storage.peft import ALL_LINEAR, Adapter, load_adapter, read_adapter
+from llama.storage.peft import Adapter, load_adapter, read_adapter
 from llama.storage.pretrained import export_model
 
 
@@ -266,17 +271,6 @@ def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtyp
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeSettings(Settings):
-    """what to merge"""
-
-    model: str = setting(help="the base: a Hugging Face folder, or a hub id")
-    adapter: str = setting(help="folder with adapter_config.json and adapter_model.safetensors")
-    output: str = setting(help="the Hugging Face folder to write")
-    quantize: str = setting("none", "what the adapter's base was rounded to in training", choices=("none", *KINDS))
-    dtype: str = setting("bfloat16", "of the weights written", choices=("bfloat16", "float16", "float32"))
-
-
 def main() -> None:
     settings = parse(MergeSettings, description=__doc__)
     output, dtype = Path(settings.output), getattr(torch, settings.dtype)
@@ -297,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_going=True)

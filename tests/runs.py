@@ -76,7 +76,7 @@ def train_here(
     joined = {"parse": lambda *_, **__: chosen, "join": lambda: nullcontext(this_process())}
     with replaced(fsdp_train, train_step=train_step, **joined), replaced(report, **curve):
         try:
-            fsdp_train.main.__wrapped__()  # without torchrun's recorder of errors
+            fsdp_train.main()
         except ConnectionResetError:
             assert die_in_step
             # A killed process takes its threads with it. Here the thread of an asynchronous save would live on and
@@ -125,7 +125,7 @@ class Torchrun:
         if wrong:
             script = folder / "wrong.py"
             script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport fsdp_train\n{wrong}\n"
-                              "fsdp_train.run(fsdp_train.main)\n")
+                              "fsdp_train.record(fsdp_train.run)(fsdp_train.main, keep_going=True)\n")
         self.log = folder / "log"
         with open(self.log, "w") as log:
             self.agent = subprocess.Popen([*launcher(2, *flags), str(script), *map(str, arguments)],

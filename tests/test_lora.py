@@ -37,12 +37,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import lora
+from llama.boundary.choices import ADAPTER_VARIANTS
 from llama.boundary.command_line import run
 from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.storage import pretrained
 from llama.storage.base import config_to_json
-from llama.storage.peft import VARIANTS, Adapter, load_adapter, read_adapter
+from llama.storage.peft import Adapter, load_adapter, read_adapter
 from llama.training.optim import build_adamw
 from lora import (
     Changes,
@@ -143,7 +144,7 @@ def test_open_llama_3b_has_as_many_trainable_numbers_as_is_known():
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ADAPTER_VARIANTS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 3e-6), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
 def test_forward_and_all_gradients_are_those_of_the_formula(variant, dtype, tolerance, bias):
     """C39: W + s B A with s = alpha / r or alpha / sqrt(r); DoRA with the norm taken as a constant."""
@@ -269,7 +270,7 @@ def test_another_seed_starts_another_adapter():
     assert not torch.equal(*started)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ADAPTER_VARIANTS)
 def test_dropout_is_in_train_mode_only_and_on_the_adapters_input_only(variant):
     """C39: evaluation never drops; with B at zero training does not show it either; the mean is kept."""
     torch.manual_seed(0)

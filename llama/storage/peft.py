@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from llama.boundary.choices import ALL_LINEAR, LARGEST_RANK
 from llama.boundary.durable import write_durably
 from llama.boundary.errors import UserError
 from llama.boundary.records import read_record, setting
@@ -20,9 +21,6 @@ from llama.storage.atomic import atomic_folder
 from llama.storage.slices import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-VARIANTS = ("lora", "rslora", "dora")
-ALL_LINEAR = "all-linear"
-LARGEST_RANK = 1 << 16
 RANK, ALPHA, DROPOUT = {"at_least": 1, "at_most": LARGEST_RANK}, {"above": 0}, {"at_least": 0, "below": 1}
 # Settings of PEFT that change what an adapter computes, and that this code does not know: refused unless empty.
 UNKNOWN_IF_SET = (

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from llama.parallel.shards import Part
 from llama.training.adamw8bit import AdamW8bit
 
-SCHEDULES = ("constant", "linear", "cosine")
 COSINE_END = 0.1  # a cosine schedule ends at this part of its peak
 SUMMED_AT_ONCE = 1 << 20  # numbers; as fp64 they take 8 MB
 

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
+from llama.boundary.choices import ADAPTER_VARIANTS, ALL_LINEAR, LARGEST_RANK, OPTIMIZERS, QUANTIZED, SCHEDULES
 from llama.boundary.records import Settings, setting
 from llama.data.sources import DataSettings
-from llama.model.quantize import KINDS
-from llama.storage.peft import ALL_LINEAR, LARGEST_RANK, VARIANTS, Adapter, read_adapter
-from llama.training.optim import OPTIMIZERS, SCHEDULES
+
+if TYPE_CHECKING:  # it imports torch, and --help must not wait for that
+    from llama.storage.peft import Adapter
 
 TRAINED_PART = re.compile(r"last:[1-9][0-9]{0,5}|norm|lm_head|embed_tokens")
 ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_variant")
@@ -27,7 +29,7 @@ class WhatToTrain(Settings):
 
     model: str = setting("tiny", "tiny (a preset trained from scratch), a Hugging Face folder, or a hub id")
     adapter: str | None = setting(None, "continue training this LoRA adapter, a folder in PEFT's format")
-    quantize: str = setting("none", "keep the frozen linears in 8 or 4 bits", choices=("none", *KINDS))
+    quantize: str = setting("none", "keep the frozen linears in 8 or 4 bits", choices=("none", *QUANTIZED))
     train_layers: str = setting(
         "all", "all, or last:N and any of norm, lm_head, embed_tokens, with commas: the rest is frozen"
     )
@@ -47,7 +49,7 @@ class WhatToTrain(Settings):
         ALL_LINEAR,
         f"linears with an adapter, with commas: {ALL_LINEAR} (in the layers), or ends of names like q_proj,v_proj",
     )
-    lora_variant: str = setting("lora", "kind of adapter", choices=VARIANTS)
+    lora_variant: str = setting("lora", "kind of adapter", choices=ADAPTER_VARIANTS)
     train_on_prompt: bool = setting(False, "learn to predict prompts too, not only answers")
 
 
@@ -78,7 +80,7 @@ class HowToTrain(Settings):
     warmup_ratio: float = setting(
         0.05, "part of the steps over which the rate rises from 0", at_least=0, at_most=1
     )
-    optimizer: str = setting("adamw", "adamw8bit keeps its moments in 8 bits", choices=tuple(OPTIMIZERS))
+    optimizer: str = setting("adamw", "adamw8bit keeps its moments in 8 bits", choices=OPTIMIZERS)
     beta2: float | None = setting(
         None,
         "how slowly AdamW forgets squared gradients; 0.999, for tiny its recipe's",
@@ -131,7 +133,10 @@ class WhatToKeep(Settings):
     eval_limit: int = setting(
         1000, "held-out examples to evaluate on, a fixed random choice; 0: all", at_least=0
     )
-    save_every: int = setting(0, "save a checkpoint every N steps; 0: only at the end", at_least=0)
+    save_every: int = setting(0, "save a checkpoint every N steps; 0: as --save_minutes says", at_least=0)
+    save_minutes: float = setting(
+        30.0, "save a checkpoint once the last one is so old; 0: only at the end, and when told to stop", at_least=0
+    )
     async_save: bool = setting(
         False, "write checkpoints from a copy in the host's memory, while training goes on"
     )
@@ -202,8 +207,10 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
     def has_adapter(self) -> bool:
         return bool(self.lora_rank or self.adapter)
 
-    def asked_adapter(self) -> Adapter | None:
+    def asked_adapter(self) -> "Adapter | None":
         """The adapter to train: a new one (--lora_rank), or one to continue (--adapter)."""
+        from llama.storage.peft import Adapter, read_adapter
+
         if self.adapter:
             return read_adapter(self.adapter)
         if not self.lora_rank:
@@ -235,7 +242,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
             }
         return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})
 
-    def identity(self, base: str | None, adapter: Adapter | None, about_data: dict) -> dict:
+    def identity(self, base: str | None, adapter: "Adapter | None", about_data: dict) -> dict:
         """What all ranks, and a resumed run and its checkpoint, must have in common. `base`: a hash of its weights."""
         lora = asdict(adapter) | {"targets": list(adapter.targets)} if adapter else None  # a list, as in JSON
         return {name: getattr(self, name) for name in IDENTITY} | {"base": base, "lora": lora} | about_data

@@ -29,7 +29,8 @@ from runs import (
 import fsdp_train
 from llama.boundary.durable import locked
 from llama.boundary.errors import UserError
-from llama.training import plan
+from llama.boundary.launch import Launch
+from llama.training import plan, stopping
 from llama.training.settings import TrainingSettings
 from llama.training.stopping import STOPPED, StopRequests
 
@@ -148,33 +149,75 @@ def test_a_signal_saves_after_the_step_and_the_resumed_run_equals_the_uninterrup
     assert_equal_runs(out, uninterrupted, STEPS)
 
 
-def hear(*numbers: int, pause: float = 0.0) -> int:
-    """Exit status of a process that hears these signals, with pauses between; 7 when it goes on, and knows of them."""
+def hear(*numbers: int, pause: float = 0.0, ignored: int = 0, by_torchrun: bool = False) -> int:
+    """Exit status of a process that hears these signals, with a pause after each; 7 when it goes on, and knows of them.
+    It was started with the signal `ignored` ignored."""
     child = os.fork()
     if not child:
-        with StopRequests() as requests:
+        for number in stopping.SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+        heard = []
+        started = {"launch": lambda: Launch(by_torchrun)}
+        with replaced(stopping, **started), StopRequests(clock=lambda: len(heard) * pause) as requests:
             for number in numbers:
                 os.kill(os.getpid(), number)
-                requests.since -= pause
-            name, _ = requests.agreed(False)
+                heard.append(number)
+            name = requests.agreed(False).stop
             os._exit(7 if name and signal.Signals[name] in numbers else 8)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_second_sigterm_ends_at_once_but_not_the_same_one_passed_on_twice():
+def test_a_second_ctrl_c_or_sigterm_ends_at_once_but_not_the_same_one_passed_on_twice(capfd):
     """R8: torchrun passes on what SLURM has sent to every process; a warning before the end is no second signal."""
-    term, warning = signal.SIGTERM, signal.SIGUSR1
-    at_once = -1e6  # so that a slow machine does not lengthen the time between two signals
-    assert hear(term) == hear(warning) == hear(term, term, pause=at_once) == hear(warning, warning, pause=9) == 7
-    assert hear(warning, term, pause=9) == 7 and hear(term, warning, pause=9) == 7
-    assert hear(term, term, pause=9) == hear(warning, term, term, pause=9) == 128 + term
+    interrupt, term, warning, hangup = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+    for number in (interrupt, term, warning, hangup):
+        assert hear(number) == hear(number, number, pause=0.5) == 7
+    for first, second in ((warning, term), (term, warning), (hangup, interrupt), (interrupt, hangup), (hangup, hangup)):
+        assert hear(first, second, pause=9) == 7
+    capfd.readouterr()
+    for numbers in ((term, term), (warning, term, term), (interrupt, term), (hangup, interrupt, term)):
+        assert hear(*numbers, pause=9) == 128 + term
+    assert hear(interrupt, interrupt, pause=9) == hear(term, interrupt, pause=9) == 128 + interrupt
+    told = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert told[-2:] == ["SIGTERM: finishing this step, then saving; once more ends at once",
+                         "SIGINT again: ended at once, this step is not saved"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored_unless_torchrun_would_kill_for_it():
+    """R8: nohup has SIGHUP ignored, and the run goes on; torchrun passes it on even so, and kills 30 s later."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        assert hear(number, ignored=number) == 8 and hear(number, ignored=number, by_torchrun=True) == 7
+
+
+def test_a_checkpoint_is_saved_when_the_last_one_is_old(ranks):
+    """R8: at the latest after so many minutes, whatever else was saved; one late clock is enough for all ranks."""
+    now = [0.0]
+    with StopRequests(30, clock=lambda: now[0]) as requests:
+
+        def saves(minute: float, save_is_due: bool = False) -> bool:
+            now[0] = 60 * minute
+            return requests.agreed(False, save_is_due).save
+
+        assert [saves(29.9), saves(30), saves(59.9), saves(60.1), saves(61)] == [False, True, False, True, False]
+        assert saves(70, save_is_due=True) and not saves(99.9) and saves(100)
+    with StopRequests(0, clock=lambda: now[0]) as requests:
+        assert not saves(1e9) and saves(1e9, save_is_due=True)
+    assert ranks(2, agreed_with_one_late_clock) == [(None, False, True, False)] * 2
+
+
+def agreed_with_one_late_clock() -> tuple:
+    """What is agreed on when the clock of rank 1 is at 30 minutes and that of rank 0 at 20; and whether again."""
+    now = [0.0]
+    with StopRequests(30, clock=lambda: now[0]) as requests:
+        now[0] = 60.0 * (20 + 10 * dist.get_rank())
+        return (*requests.agreed(False), requests.agreed(False).save)
 
 
 def test_signals_mean_what_they_meant_before_once_the_steps_are_over():
     """R8: a run that ends gives the handlers back."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests() as requests:
-        assert requests.agreed(False) == (None, False) and requests.agreed(True) == (None, True)
+        assert requests.agreed(False) == (None, False, False) and requests.agreed(True) == (None, True, False)
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 

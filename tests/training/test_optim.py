@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
+from llama.boundary.choices import SCHEDULES
 from llama.model import Llama, ModelConfig
 from llama.training.optim import (
     COSINE_END,
-    SCHEDULES,
     build_adamw,
     clip_gradients,
     gradient_norm,
