@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from llama.boundary.errors import UserError
-from llama.boundary.launch import is_local_rank_zero, refuse_copies
+from llama.boundary.launch import is_local_rank_zero, refuse_copies, tell_torchrun
 from llama.boundary.records import described_range, kind_of
 from llama.boundary.streams import finish_output, forgiving, open_missing
 
@@ -27,28 +27,43 @@ PATIENCE = 10.0  # seconds: once local rank 0 has ended, torchrun ends the other
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors with a suggestion. It reads --learning-rate as --learning_rate."""
 
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+        self.unknown: list[str] = []
+
     def parse_known_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else args
-        known, unknown = super().parse_known_args([self._with_underscores(word) for word in given], namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return known, unknown
+        words = [self._with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        self.unknown = [word for word in words if word.startswith("--") and not self._knows(word.partition("=")[0])]
+        known, others = super().parse_known_args(words, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return known, others
+
+    def _knows(self, flag: str) -> bool:
+        return flag in self._option_string_actions
 
     def _with_underscores(self, word: str) -> str:
         flag, equals, value = word.partition("=")
-        flag = f"--{flag[2:].replace('-', '_')}"
-        return flag + equals + value if word.startswith("--") and flag in self._option_string_actions else word
+        flag = underscored(flag)
+        return flag + equals + value if self._knows(flag) else word
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message)
+        is_missing = "required: --" in message
+        if self.unknown and is_missing:  # the required flag may be the one that is misspelt
+            message = f"unrecognized arguments: {self.unknown[0]}"
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         close = []
-        if unknown:
-            close = get_close_matches(unknown[1].replace("-", "_"), self._option_string_actions, n=1)
-        elif choice:
+        if choice:
             close = get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+        elif self.unknown and "unrecognized" in message:
+            close = get_close_matches(underscored(self.unknown[0].partition("=")[0]), self._option_string_actions, n=1)
         hint = f". Did you mean {close[0]}?" if close else ""
         raise UserError(f"{self.prog}: {message:.1000}{hint}")
+
+
+def underscored(flag: str) -> str:
+    """--learning-rate -> --learning_rate; a word that is no flag stays as it is."""
+    return f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
 
 
 def parse(settings: type, argv: Sequence[str] | None = None, description: str | None = None) -> Any:
@@ -56,9 +71,7 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
 
     Each class that `settings` inherits fields from is a group of --help, under the first line of its docstring.
     """
-    parser = Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     entries = {entry.name: entry for entry in fields(settings)}
     for owner in settings.__mro__:
         names = [name for name in vars(owner).get("__annotations__", {}) if name in entries]
@@ -121,6 +134,7 @@ def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None
         finish_output()
     if text:
         print(text, file=sys.stderr, flush=True)
+        tell_torchrun(text)
     sys.exit(status)
 
 

@@ -1,8 +1,12 @@
 """How this process was started: by torchrun, as one of several; alone; or by mistake as one of several copies."""
 
+import json
 import os
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama.boundary.errors import UserError
 
@@ -37,6 +41,18 @@ def launch() -> Launch:
 def is_local_rank_zero() -> bool:
     """Whether this is the one process of its machine that reports; known before the processes have joined."""
     return launch().local_rank == 0
+
+
+def tell_torchrun(problem: str) -> None:
+    """Put the line where torchrun looks for what went wrong: its report then ends with it.
+
+    The file's format: https://docs.pytorch.org/docs/stable/elastic/errors.html
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if launch().by_torchrun and path:
+        about = {"message": {"message": problem, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(about))
 
 
 def refuse_copies(script: str) -> None:

@@ -50,8 +50,12 @@ def join() -> Iterator[Process]:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
         if launched.ignored:
-            found = f"torchrun sets all of {', '.join(TORCHRUN)}, and possible values"
-            print(f"{', '.join(launched.ignored)}: ignored, this is one process alone; {found}", file=sys.stderr)
+            names, expected = ", ".join(launched.ignored), ", ".join(TORCHRUN)
+            print(
+                f"{names}: ignored, so this is one process alone; torchrun sets {expected} together, and to numbers "
+                "that fit",
+                file=sys.stderr,
+            )
     own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)

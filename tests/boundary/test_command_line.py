@@ -56,6 +56,8 @@ def test_flags_become_a_typed_dataclass():
     (["--model", "m", "--learning-rate", "3"], "unrecognized arguments: --learning-rate 3"),
     (["--model", "m", "--stepps", "3"], "unrecognized arguments: --stepps 3. Did you mean --steps?"),
     (["--model", "m", "--stepps=3"], "unrecognized arguments: --stepps=3. Did you mean --steps?"),
+    (["--modle", "m", "--steps", "3"], "unrecognized arguments: --modle. Did you mean --model?"),
+    (["--modle=m"], "unrecognized arguments: --modle=m. Did you mean --model?"),
     (["--model", "m", "--side", "rihgt"], "(choose from 'left', 'right'). Did you mean right?"),
     (["--model", "m", "stray"], "stray"),
     (["--model", "m", "--side", "up"], "--side: invalid choice: 'up'"),
