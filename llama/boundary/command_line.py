@@ -4,6 +4,7 @@ Flags keep the names of the fields, with underscores as torchrun's own have; hyp
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -152,7 +153,9 @@ def _prepare_streams(keep_going: bool) -> None:
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        print(INTERRUPTED, file=sys.stderr)
+        if is_local_rank_zero():
+            print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -22,16 +22,17 @@ class Forgiving(io.FileIO):
 
 
 def open_missing() -> None:
-    """Open standard streams that are closed (`>&-`): otherwise the next file that is opened would get their number, and
-    whatever is printed would be written into it."""
+    """Fill the places of standard streams that are closed (`>&-`): otherwise the next file that is opened would get the
+    number of one, and whatever is printed would be written into it. To write to these streams still fails."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", closefd=False))
+            os.open(os.devnull, os.O_RDONLY)  # gets the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
 
 
 def forgiving(stream: TextIO) -> TextIO:

@@ -1,0 +1,73 @@
+"""Whatever happens to stdout and stderr: who works on to the end, who ends, and with which status."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+    import sys
+    from pathlib import Path
+    from llama.boundary.command_line import run
+
+    def main():
+        for number in range(3):
+            print("line", number, flush={flush})
+            print("progress", number, file=sys.stderr)
+        with open("result", "w") as file:  # would get the number of a stream that is closed
+            print("last")
+            file.write("whole")
+
+    run(main, keep_going={keep_going})
+"""
+
+
+def outcome(folder: Path, keep_going: bool, flush: bool, redirected: str) -> tuple[int, str, bool]:
+    """Exit status, what was said on stderr, and whether the program has written its file whole. Where stdout is not
+    redirected, it is a pipe whose reader has gone."""
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM.format(keep_going=keep_going, flush=flush)))
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {program} {redirected}"], cwd=folder, timeout=100, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=writer, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(writer)
+    result = folder / "result"
+    written = result.exists() and result.read_text() == "whole"
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("progress")]
+    return ended.returncode, " ".join(said), written
+
+
+LOST = {"nobody reads": "", "full": "> /dev/full", "closed": ">&-", "both are closed": ">&- 2>&- <&-"}
+
+
+@pytest.mark.parametrize("redirected", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("flush", [True, False], ids=["at once", "buffered"])
+def test_a_program_whose_result_is_in_files_works_on_in_silence(tmp_path, flush, redirected):
+    """Its status is that of its work: what it prints is only a report."""
+    assert outcome(tmp_path, True, flush, redirected) == (0, "", True)
+
+
+@pytest.mark.parametrize("case, status, said", [
+    ("nobody reads", 141, ""), ("full", 2, "output: No space left on device"),
+    ("closed", 2, "output: Bad file descriptor"), ("both are closed", 2, ""),
+])  # fmt: skip
+def test_a_program_whose_result_is_printed_never_ends_with_status_0_when_it_is_lost(tmp_path, case, status, said):
+    """And with no traceback: as other commands, in a pipe with the status of SIGPIPE."""
+    for flush in (True, False):
+        assert outcome(tmp_path, False, flush, LOST[case])[:2] == (status, said)
+
+
+@pytest.mark.parametrize("keep_going", [True, False])
+def test_no_program_ends_because_of_its_stderr(tmp_path, keep_going):
+    """Nobody may be there to see its progress."""
+    for redirected in ("2>/dev/full", "2>&-", "2> >(true)"):
+        assert outcome(tmp_path, keep_going, True, f"{redirected} > out") == (0, "", True)
+        assert (tmp_path / "out").read_text().splitlines() == ["line 0", "line 1", "line 2", "last"]
+        (tmp_path / "result").unlink()
