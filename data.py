@@ -176,13 +176,12 @@ def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Ren
 def _guess(path: Path) -> str:
     """The template whose fields the first good row has."""
     row = _first_good_row(path)
-    known = {name: template.fields for name, template in TEMPLATES.items()}
-    known["chat"] = Chat.fields
-    fitting = [name for name, fields in known.items() if fields <= row.keys()]
+    fitting = [name for name, template in TEMPLATES.items() if template.fields <= row.keys()]
+    fitting += ["chat"] if any(fields <= row.keys() for fields in Chat.spellings) else []
     if len(fitting) == 1:
         return fitting[0]
     what = f"fit {' and '.join(fitting)}" if fitting else "are those of no known template"
-    choices = f"say which with --template, {', '.join(known)} or a file of your own"
+    choices = f"say which with --template, {', '.join([*TEMPLATES, 'chat'])} or a file of your own"
     raise UserError(f"{path}: the fields {described(row)} {what}; {choices}")
 
 

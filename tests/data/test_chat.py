@@ -64,9 +64,9 @@ class Pair(NamedTuple):
     tokenizer: Tokenizer
 
 
-PAIRS = ["chatml bundled", "llama3 bundled", "llama2 bundled", "prompter bundled"]
-REAL_PAIRS = ["chatml smollm2", "llama3 llama3", "llama2 llama2", "prompter llama2", "prompter smollm2",
-              "prompter llama3"]  # fmt: skip
+PAIRS = ["chatml bundled", "llama3 bundled", "llama2 bundled", "zephyr bundled", "prompter bundled"]
+REAL_PAIRS = ["chatml smollm2", "llama3 llama3", "llama2 llama2", "zephyr llama2", "prompter llama2",
+              "prompter smollm2", "prompter llama3"]  # fmt: skip
 PAIRS += [pytest.param(name, marks=pytest.mark.slow) for name in REAL_PAIRS]
 
 
@@ -176,6 +176,8 @@ GOLDEN = {
               "<|end_header_id|>\n\nHello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[Hi<|eot_id|>]]<|start_header_id|>"
               "user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[So.<|eot_id|>]]",
     "llama2": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello [/INST][[ Hi </s>]]<s>[INST] Bye [/INST][[ So. </s>]]",
+    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHello</s>\n<|assistant|>\n[[Hi </s>]]\n<|user|>\nBye</s>\n"
+              "<|assistant|>\n[[So.</s>]]",
     "prompter": "<|system|> Be brief. </s> <|prompter|> Hello </s> <|assistant|>[[ Hi  </s>]] <|prompter|> Bye </s> "
                 "<|assistant|>[[ So. </s>]]",
 }
@@ -204,7 +206,7 @@ def test_a_layout_is_what_encoding_needs_of_a_template():
 
 
 def said(layout: str, content: str) -> str:
-    return {"chatml": content, "llama3": content.strip(), "llama2": f" {content.strip()} ",
+    return {"chatml": content, "llama3": content.strip(), "llama2": f" {content.strip()} ", "zephyr": content,
             "prompter": f" {content} "}[layout]
 
 
@@ -359,10 +361,10 @@ MALFORMED = {
     "null content": ({"messages": [USER, {"role": "assistant", "content": None}]},
                      ": messages[1]: found fields {'role': str, 'content': NoneType}, expected"),
     "parts as content": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT]},
-                         ": messages[0]: found fields {'role': str, 'content': list}"),
+                         ": messages[0]: content[0]: found fields {'type': str}, expected {type: 'text', text: str}"),
     "a number as role": ({"messages": [{"role": 1, "content": "x"}, ASSISTANT]}, "{'role': int, 'content': str}"),
-    "an unknown role": ({"messages": [USER, {"role": "gpt", "content": "x"}, ASSISTANT]},
-                        ": messages[1]: role is 'gpt', expected system, user or assistant"),
+    "an unknown role": ({"messages": [USER, {"role": "bot", "content": "x"}, ASSISTANT]},
+                        ": messages[1]: role is 'bot', expected system, user or assistant"),
     "a role with line breaks": ({"messages": [{"role": "a\nb" * 99, "content": "x"}]}, "role is 'a\\nba\\nb"),
     "a capital role": ({"messages": [{"role": "User", "content": "x"}, ASSISTANT]}, ": messages[0]: role is 'User'"),
     "a late system message": ({"messages": [USER, ASSISTANT, {"role": "system", "content": "x"}, ASSISTANT]},
