@@ -22,7 +22,7 @@ from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError, as_user_error, printable
 from llama.boundary.hub import find_model
 from llama.boundary.records import setting
-from llama.data.chat import LAYOUTS, Chat, Renderer, layout_of
+from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat
 from llama.data.examples import EncodedData, encode_file
 from llama.data.rows import read
 from llama.data.sources import BUNDLED_SAMPLE, HELD_OUT, PUBLIC_DATASETS, TINY_TOKENIZER, DataSettings, Source, resolve
@@ -61,8 +61,7 @@ def main() -> None:
     folder = Path(settings.output or f"runs/{run_name(settings.data)}-shown")
     with as_user_error(f"--output {folder}", "a folder for charts"):
         folder.mkdir(parents=True, exist_ok=True)
-    title = f"{data.source.name} as {data.template.name}"
-    draw(splits, data.template.answers, settings.max_length, folder, title)
+    draw(splits, data.template.answers, settings.max_length, folder, f"{data.source.name} as {data.template.name}")
     print(f"lengths.png and labels.png are in {folder}")
 
 
@@ -89,7 +88,8 @@ class DataSet:
 
     def identity(self) -> dict:
         """What a resumed run must share with its checkpoint, apart from the examples themselves."""
-        return {"template": self.template.name, "bundled_sample": self.source.bundled_sample}
+        shown = {"template": self.template.name, "system": self.template.system}
+        return shown | {"bundled_sample": self.source.bundled_sample}
 
     def counts(self) -> dict:
         """For the records of a run."""
@@ -107,6 +107,7 @@ class DataSet:
         if self.bad_row_count:
             lines.append(f"{self.bad_row_count} bad rows were left out, the first: {self.first_bad_rows[0]}")
         tokens, cut = self.train.lengths.mean(), self.train.was_cut.mean()
+        lines += self.template.notes
         return [*lines, f"{len(self.train)} examples of {tokens:.0f} tokens, {cut:.1%} of them cut"]
 
     @property
@@ -122,7 +123,7 @@ def load_data(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True
     its cache. Raises UserError where there is no such data, and BadRows where rows cannot be used.
     """
     source = resolve(settings.data, settings.data_dir, use_hub)
-    template = find_template(settings.template, source, tokenizer)
+    template = find_template(settings.template, source, tokenizer, settings.system)
     limits = (settings.max_length, settings.truncate_side, source.category, settings.skip_bad_rows)
     fraction = settings.test_fraction
     if "test" in source.files:
@@ -148,9 +149,8 @@ def hold_out(examples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Renderer:
-    """The template of this name or file; without a name, that of the public data set, or the one that the fields of the
-    rows belong to.
+def find_template(name: str | None, source: Source, tokenizer: Tokenizer, system: str | None = None) -> Renderer:
+    """The template of this name or file, else of the public data set, else the one that the rows' fields belong to.
 
     Raises UserError when there is none, or more than one, or its file is not well formed.
     """
@@ -158,10 +158,10 @@ def find_template(name: str | None, source: Source, tokenizer: Tokenizer) -> Ren
         name = source.name
     elif name is None:
         name = _guess(next(iter(source.files.values())))
-    if name == "chat":
-        name = layout_of(tokenizer)
-    if name in LAYOUTS:
-        return Chat(name)
+    if name == "chat" or name in LAYOUTS:
+        return find_chat(name, system, tokenizer, source.files.values())
+    if system:
+        raise UserError(f"--system {system!r:.40}: only conversations have a system turn, found the template {name}")
     if name in TEMPLATES:
         return TEMPLATES[name]
     if not Path(name).is_file():
@@ -205,13 +205,14 @@ def print_summary(data: DataSet, splits: Splits) -> None:
     """The template, counts and lengths of each split, how often each answer comes, and what was left out."""
     if data.source.bundled_sample:
         print(BUNDLED_SAMPLE)
+    for note in data.template.notes:
+        print(note)
     held_out = f"; held out: {json.dumps(data.held_out)}" if data.held_out else ""
     print(f"template: {data.template.name}{held_out}")
     print("          examples      tokens    labels    mean    p50    p95    max     cut")
     for name, part in splits.items():
         found = statistics(part)
-        cut = found["truncated"] / len(part)
-        print(TABLE_ROW.format(name=name, cut=cut, **found))
+        print(TABLE_ROW.format(name=name, cut=found["truncated"] / len(part), **found))
         counts = Counter(part.answers.tolist())
         for i, word in enumerate(data.template.answers):
             print(f"{'':10}{printable(word.strip())}: {counts[i]} ({counts[i] / len(part):.1%})")

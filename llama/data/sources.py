@@ -57,6 +57,11 @@ class DataSettings(Settings):
         f"how rows become prompts and answers: {', '.join(TEMPLATES)}, chat, {', '.join(LAYOUTS)}, or a file of your "
         "own; else the one that the rows' fields belong to",
     )
+    system: str | None = setting(
+        None,
+        "the system turn of conversations that have none: a text, default (what the model's chat template inserts) or "
+        "none; else none, and it is told where the model's chat template inserts one",
+    )
     max_length: int = setting(512, "tokens per example; only what the template allows is cut", at_least=2)
     truncate_side: str = setting("right", "which end of a prompt's text is cut", choices=("left", "right"))
     test_fraction: float | None = setting(

@@ -93,6 +93,9 @@ class Template:
     Raises UserError, with the line, for a text that is not well formed.
     """
 
+    notes = ()  # only a chat.Chat has these two
+    system = None
+
     def __init__(self, name: str, source: str):
         self.name = name
         self.source = source

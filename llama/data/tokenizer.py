@@ -79,6 +79,11 @@ class Tokenizer(ABC):
         """Whether there is a control token of exactly this text."""
         return token in self._control
 
+    @property
+    def control_names(self) -> list[str]:
+        """The texts of all control tokens."""
+        return [*self._control]
+
     def control_name(self, id: int) -> str | None:
         """The text of the control token with this id. None where the id is no control token."""
         return next((token for token, known in self._control.items() if known == id), None)

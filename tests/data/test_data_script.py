@@ -218,9 +218,9 @@ def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokeniz
 
 
 @pytest.mark.slow
-def test_the_layout_of_a_chat_is_that_of_the_tokenizer(assets):
+def test_the_layout_of_a_chat_is_that_of_the_tokenizer(assets, tmp_path):
     """C19: chatml, where it has those control tokens."""
-    source = Source("chat", {"train": Path("rows.jsonl")})
+    source = Source("chat", {"train": write_rows(tmp_path / "rows.jsonl", [ROWS["chat"]])})
     names = {"smollm2-135m-instruct-q4": "chatml", "llama3-tokenizer": "llama3", "llama2-tokenizer": "llama2"}
     for folder, layout in names.items():
         assert find_template(None, source, loaded(assets / folder)).name == layout
@@ -436,6 +436,7 @@ MISTAKES = {
     "no tokenizer": (["--model", "."], "no tokenizer, expected tokenizer.json or tokenizer.model"),
     "no such template": (["--template", "imbd"], "--template imbd: no such file"),
     "template of other rows": (["--template", "alpaca", "--data", "{good}"], "found fields {'text': str, 'label'"),
+    "a system turn for reviews": (["--data", "{good}", "--system", "Hi"], "only conversations have a system turn"),
     "control tokens of others": (["--template", "chatml", "--data", "{chat}"], "no control token '<|im_start|>'"),
     "no such category": (["--data", "imdb:x", "--data_dir", "{good}"], "expected {category: str}"),
     "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
