@@ -78,6 +78,8 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
         raise UserError(f"--split {split}: {settings.data} has no such part, only {parts}")
     if found.source.bundled_sample and is_local_rank_zero():
         print(BUNDLED_SAMPLE, file=sys.stderr)
+    if found.template.notes and is_local_rank_zero():
+        print(*found.template.notes, sep="\n", file=sys.stderr)
     if not found.template.answers and (settings.metric == "accuracy" or settings.predictions):
         raise UserError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     return found, data, None if is_whole else split

@@ -98,7 +98,7 @@ def find_chat(layout: str, system: str | None, tokenizer: Tokenizer, files: Iter
         if not template and layout not in CONTROL_TOKENS:
             notes.append(
                 f"PROMPT: {tokenizer.path} has no chat template, so conversations are written in the layout {layout}; "
-                f"--template chooses another of {', '.join(LAYOUTS)}"
+                f"--template chooses one of {', '.join(LAYOUTS)}"
             )
     inserted = _inserted(system, layout, tokenizer, template)
     if template:

@@ -28,9 +28,15 @@ class GenerationBlocks(Extension):
 
 def main() -> None:
     request = json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"], request["seconds"]))
-    resource.setrlimit(resource.RLIMIT_AS, (request["bytes"], request["bytes"]))
+    _limit(resource.RLIMIT_CPU, request["seconds"])
+    _limit(resource.RLIMIT_AS, request["bytes"])
     json.dump([render(request, conversation) for conversation in request["conversations"]], sys.stdout)
+
+
+def _limit(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    if hard == resource.RLIM_INFINITY or hard > most:  # a lower one, as a cluster may set, stays
+        resource.setrlimit(kind, (most, most))
 
 
 def render(request: dict, conversation: dict) -> tuple[str, str]:
@@ -39,7 +45,13 @@ def render(request: dict, conversation: dict) -> tuple[str, str]:
     now = datetime.fromisoformat(date) if date else datetime.now()
     try:
         template = _environment(now).from_string(request["template"])
-        text = template.render(messages=conversation["messages"], add_generation_prompt=True, **request["variables"])
+        text = template.render(
+            messages=conversation["messages"],
+            add_generation_prompt=True,
+            tools=None,
+            documents=None,
+            **request["variables"],
+        )
         if len(text) > request["characters"]:
             return "", f"it writes {len(text)} characters"
         return text, ""

@@ -9,12 +9,14 @@ from samples import BUNDLED, REAL, loaded, write_rows
 from tokenizers import Tokenizer as Codec
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from data import load_data
 from llama.boundary.errors import UserError
 from llama.data import chat_template
 from llama.data.chat import CONTROL_TOKENS, LAYOUTS, Chat, find_chat, layout_of
 from llama.data.chat_template import Inserted, prompt_ids, read_chat_template
 from llama.data.conversation import read_turns
 from llama.data.encoding import encode_rows
+from llama.data.sources import DataSettings
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 
@@ -278,6 +280,22 @@ def test_a_hostile_template_neither_hangs_nor_fills_the_memory_nor_stops_the_run
     with pytest.raises(UserError, match="none of our layouts") as error:
         chat_of(folder, tmp_path)
     assert "\x1b" not in error.value.lines[0]
+
+
+def test_a_run_tells_the_difference_and_is_bound_to_the_system_turn(tmp_path, own_cache):
+    """R7: a resumed run must have the same one; other text is encoded anew."""
+    tokenizer = load_tokenizer(folder_with(tmp_path / "model", SMOLLM2, CHATML))
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALKS[0]}] * 2)
+    found = {}
+    for system in (None, "default", "Be kind."):
+        data = load_data(DataSettings(data=str(path), system=system, test_fraction=0.0), tokenizer)
+        found[system] = data
+        assert [note for note in data.notes() if note.startswith("PROMPT: ")] == list(data.template.notes)
+    assert len(found[None].template.notes) == 1 and not found["default"].template.notes
+    assert [data.identity()["system"] for data in found.values()] == [None, "You are a helper", "Be kind."]
+    assert len({data.train.fingerprint for data in found.values()}) == 3
+    prompt = served(tokenizer.path, TALKS[0])
+    assert found["default"].train[0][0].tolist()[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("template", [7, {"a": 1}, [7], "x" * (1 << 21)], ids=["number", "object", "list", "long"])
