@@ -95,7 +95,8 @@ class ChatTemplate:
                 command,
                 input=json.dumps(request),
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env=environment,
                 timeout=10 * SECONDS,
             )
@@ -148,7 +149,10 @@ class ChatTemplate:
         from tokenizers import Tokenizer as Codec
 
         file = _folder(self.tokenizer) / "tokenizer.json"
-        return Codec.from_file(str(file)) if file.exists() else None
+        try:
+            return Codec.from_file(str(file)) if file.exists() else None
+        except Exception:  # of any class; `Tokenizer` reads a part of the file, and the library all of it
+            return None
 
     def _without_bos(self, text: str) -> str:
         bos_id = self.tokenizer.bos_id

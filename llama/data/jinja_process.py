@@ -52,9 +52,8 @@ def render(request: dict, conversation: dict) -> tuple[str, str]:
             documents=None,
             **request["variables"],
         )
-        if len(text) > request["characters"]:
-            return "", f"it writes {len(text)} characters"
-        return text, ""
+        text.encode()  # raises for half a character
+        return (text, "") if len(text) <= request["characters"] else ("", f"it writes {len(text)} characters")
     except Exception as error:  # the template decides which
         return "", f"{type(error).__name__} {error}"[:300]
 

@@ -263,6 +263,7 @@ HOSTILE = {
     "much text": ("{{ 'x' * 5000000 }}", "it writes 5000000 characters"),
     "no Jinja": ("{% for %}", "TemplateSyntaxError"),
     "an escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "half a character": ("{{ '\ud800' }}", "UnicodeEncodeError"),
     "a file": ("{% include '/etc/passwd' %}", "TypeError no loader"),
     "a terminal's language": ("{{ raise_exception('\x1b[2J') }}", "TemplateError"),
 }
