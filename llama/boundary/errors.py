@@ -50,7 +50,7 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def first_few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are. Names from a file may be long or hold line breaks."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"{name!r:.100}" for name in names[:3]) + more
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first names, and how many more there are. Names from a file may be long or hold line breaks."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(f"{name!r:.100}" for name in names[:count]) + more
