@@ -21,7 +21,7 @@ from runs import (
     train_here,
     write_reviews,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sharded import build, this_process
 
 import checkpoints
@@ -99,6 +99,23 @@ def losses_of(output: Path) -> list[float]:
 
 
 # Adapters
+
+
+def test_a_base_that_changed_under_a_run_with_an_adapter_is_refused(folders, data, cache, tmp_path, ranks):
+    """R7: also where only an index knows the names of the files."""
+    base = tmp_path / "base"
+    shutil.copytree(folders["untied"], base)
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "weights.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    chosen = settings(base, data, tmp_path / "out", save_every=1, **LORA)
+    ranks(1, train_here, cache, chosen, 2)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, base / "weights.safetensors")
+    message = ranks(1, refused, cache, replace(chosen, resume="newest"))[0]
+    assert "base was" in message and "\n" not in message
+    assert saved_steps(tmp_path / "out") == [1]
 
 
 @pytest.mark.parametrize("sizes, changes, tolerance", [

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from llama.boundary.errors import UserError, as_user_error, first_few
+from llama.boundary.foreign import refuse_foreign_content
 
 LARGEST_JSON = 64 * 2**20  # bytes; an index of a million tensors fits, a configuration is a thousand times smaller
 
@@ -33,6 +34,7 @@ def read_json(folder: str | Path, name: str) -> dict:
         content = file.read(LARGEST_JSON + 1)
         if len(content) > LARGEST_JSON:
             raise UserError(f"{where}: more than {LARGEST_JSON:,} bytes")
+        refuse_foreign_content(where, content)
         values = json.loads(content.decode(), object_pairs_hook=without_repetition)
         if not isinstance(values, dict):
             raise TypeError(f"found {type(values).__name__}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama.boundary.errors import UserError, one_line
+from llama.boundary.foreign import refuse_foreign_file
 from llama.boundary.untrusted import without_repetition
 
 # Tokenizing a text of this many bytes takes some GB. A longer line is a bad row, and is never in memory as a whole.
@@ -23,6 +24,7 @@ def read(path: Path, columns: set[str] | None = None) -> NumberedRows:
 
     Raises UserError for a file that is damaged as a whole, because then nobody can tell how many rows are lost.
     """
+    refuse_foreign_file(path)
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader(path, columns)

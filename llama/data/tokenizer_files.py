@@ -14,6 +14,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from llama.boundary.errors import UserError, first_few, reason
+from llama.boundary.foreign import refuse_foreign_content
 from llama.boundary.untrusted import inside, read_json
 from llama.data.llama3_ranks import llama3_document
 from llama.data.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file.stat().st_size > LARGEST_FILE:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}")
         data = file.read_bytes()
+        refuse_foreign_content(file, data)
         if file.suffix == ".json":
             return JsonTokenizer(path, file, json.loads(data))
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # a token in base64, and its rank

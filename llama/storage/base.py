@@ -2,21 +2,24 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llama.boundary.errors import UserError
+from llama.boundary.foreign import described_folder
 from llama.boundary.hub import find_model
 from llama.boundary.untrusted import read_json
 from llama.data.sources import TINY_TOKENIZER
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama, ModelConfig
-from llama.storage.config_json import config_from_json, config_to_json
+from llama.storage.config_json import config_from_json, config_to_json, unused_keys
 from llama.storage.pretrained import hugging_face_parameters, initialize_weights, load_weights, superfluous_names
-from llama.storage.slices import check_tensors
+from llama.storage.slices import check_tensors, differ
+from llama.storage.weight_files import unused_files, weight_files
 
 # Small enough to learn the bundled reviews from random weights in two minutes on a laptop's processor. Its vocabulary
 # is the bundled tokenizer's.
@@ -36,13 +39,18 @@ TINY = ModelConfig(
 
 @dataclass(frozen=True)
 class Base:
-    """The model that --model names. `folder` holds its weights; None: it starts from random weights."""
+    """The model that --model names. `folder` holds its weights; None: it starts from random weights.
+
+    `dtype` is what most of its weights are stored in. `notes` are sentences on what its files hold and is not used.
+    """
 
     name: str
     folder: Path | None
     config_json: dict
     config: ModelConfig
     tokenizer: Tokenizer
+    dtype: torch.dtype
+    notes: list[str]
 
     @classmethod
     def open(cls, name: str, max_length: int = 0) -> "Base":
@@ -52,18 +60,30 @@ class Base:
     @classmethod
     def pretrained(cls, name: str, max_length: int = 0) -> "Base":
         """A Hugging Face folder or a hub id. Raises UserError when config.json, tokenizer, weights and max_length do
-        not fit each other. Weights are compared by name and shape, before anything takes memory."""
+        not fit each other. Weights are compared by name and shape, before anything takes memory; only of a head beside
+        a tied embedding the values are looked at."""
         folder = find_model(name)
         if not os.path.lexists(folder / "config.json"):
-            raise UserError(f"{folder}: has no config.json, expected a Hugging Face model folder")
+            expected = f"expected a Hugging Face model folder{described_folder(folder)}"
+            raise UserError(f"{folder}: has no config.json, {expected}")
         config_json = read_json(folder, "config.json")
         tokenizer = load_tokenizer(folder)
-        config = config_from_json(config_json, folder / "config.json")
+        where = folder / "config.json"
+        config = config_from_json(config_json, where)
         check_fit(config, tokenizer, max_length)
+        notes = [*getattr(tokenizer, "notes", ()), *unused_keys(config_json, where), *unused_files(folder)]
+        if config.tie_word_embeddings and differ(folder, "model.embed_tokens.weight", "lm_head.weight"):
+            config = replace(config, tie_word_embeddings=False)
+            both = "lm_head.weight is not the embedding, so both are loaded, as transformers 5 does"
+            notes.append(f"{where}: tie_word_embeddings is true, but the file's {both}")
         with torch.device("meta"):
             parameters = hugging_face_parameters(Llama(config))
-        check_tensors(parameters, folder, "model", superfluous_names(config))
-        return cls(name, folder, config_json, config, tokenizer)
+        dtypes = check_tensors(parameters, folder, "model", superfluous_names(config))
+        sizes = Counter()
+        for parameter_name, parameter in parameters.items():
+            sizes[dtypes[parameter_name]] += parameter.numel()
+        ((dtype, _),) = sizes.most_common(1)
+        return cls(name, folder, config_json, config, tokenizer, dtype, notes)
 
     @classmethod
     def tiny(cls, max_length: int = 0) -> "Base":
@@ -71,7 +91,7 @@ class Base:
         tokenizer = load_tokenizer(TINY_TOKENIZER)
         check_fit(TINY, tokenizer, max_length)
         special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        return cls("tiny", None, config_to_json(TINY) | special_tokens, TINY, tokenizer)
+        return cls("tiny", None, config_to_json(TINY) | special_tokens, TINY, tokenizer, torch.bfloat16, [])
 
     def load(self, model: Llama, seed: int = 0) -> None:
         """Fill a model that has memory: with the folder's weights, or with random ones drawn from `seed`."""
@@ -82,12 +102,14 @@ class Base:
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells one set of weights from another under the same name: a hash of each file's size and of samples of it.
-        None where there are no files."""
+        """Tells one set of weights from another under the same name: a hash of the config, and of the size and samples
+        of each file that is read. None where there are no files."""
         if not self.folder:
             return None
-        total = hashlib.sha256()
-        for path in sorted(self.folder.glob("model*.safetensors")):
+        total = hashlib.sha256(repr(self.config).encode())
+        names, _ = weight_files(self.folder)
+        for name in names:
+            path = self.folder / name
             size = path.stat().st_size
             with open(path, "rb") as file:
                 for i in range(64):

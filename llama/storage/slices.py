@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.boundary.durable import sync, write_durably
-from llama.boundary.errors import UserError, as_user_error, first_few, one_line
-from llama.boundary.untrusted import inside, read_json
+from llama.boundary.errors import UserError, first_few, one_line
+from llama.boundary.foreign import refuse_foreign_file
+from llama.boundary.untrusted import inside
 from llama.parallel.collectives import fail_together, is_rank_zero, wait_until_visible
 from llama.parallel.shards import Part, local_slice
 from llama.storage.layout import DTYPES, FLOATS, Layout, lay_out
+from llama.storage.weight_files import weight_files
 
 COPIED_AT_ONCE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beside its shard
 
@@ -83,10 +85,32 @@ def read_tensors(
 
 def check_tensors(
     tensors: dict[str, Tensor], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
-) -> None:
-    """Raise what `read_tensors` would raise for these tensors, but read none: they may be on the meta device."""
+) -> dict[str, torch.dtype]:
+    """Raise what `read_tensors` would raise for these tensors, but read none: they may be on the meta device. Returns
+    the dtypes in which the files hold them."""
     with ExitStack() as stack:
-        _matching(tensors, folder, stem, allow_unexpected, stack)
+        found = _matching(tensors, folder, stem, allow_unexpected, stack)
+        by_name = {text: dtype for dtype, text in DTYPES.items()}
+        return {name: by_name[found[name].get_dtype()] for name in tensors}
+
+
+def differ(folder: Path, first: str, second: str, stem: str = "model") -> bool:
+    """Whether the files hold both tensors, with other shapes or values. Reads a few rows at a time, up to the first
+    difference."""
+    with ExitStack() as stack:
+        found = _open_files(Path(folder), stem, stack)
+        if first not in found or second not in found:
+            return False
+        views = found[first], found[second]
+        shape = views[0].get_shape()
+        kinds = {view.get_dtype() for view in views}
+        if views[1].get_shape() != shape or len(kinds) > 1 or not kinds <= set(FLOATS.values()) or not shape:
+            return True
+        at_once = max(1, COPIED_AT_ONCE // max(1, 4 * math.prod(shape[1:])))
+        for begin in range(0, shape[0], at_once):
+            if not torch.equal(views[0][begin : begin + at_once], views[1][begin : begin + at_once]):
+                return True
+        return False
 
 
 def _matching(wanted: dict, folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
@@ -114,15 +138,7 @@ def _matching(wanted: dict, folder: Path, stem: str, allow_unexpected: Accepts, 
 
 def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
     """Map a folder's weights into memory: a lazy view of the file for each tensor's name."""
-    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-    file_of = None
-    if os.path.lexists(folder / single):
-        files = [single]
-    elif os.path.lexists(folder / index):
-        file_of = _read_index(folder, index)
-        files = sorted(set(file_of.values()))
-    else:
-        raise UserError(f"{folder}: has neither {single} nor {index}")
+    files, file_of = weight_files(folder, stem)
     found, found_in = {}, {}
     for file in files:
         path = inside(folder, file, ".safetensors")
@@ -130,6 +146,7 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
             opened = stack.enter_context(safe_open(path, framework="pt"))
             views = {name: opened.get_slice(name) for name in opened.keys()}
         except (SafetensorError, OSError) as error:
+            refuse_foreign_file(path, is_binary=True)
             raise UserError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
         twice = found.keys() & views.keys()
         if twice:
@@ -140,15 +157,6 @@ def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
         differing = sorted({name for name, _ in file_of.items() ^ found_in.items()})
         raise UserError(f"{folder}: index and files do not agree on where to find {first_few(differing)}")
     return found
-
-
-def _read_index(folder: Path, name: str) -> dict[str, str]:
-    """{tensor name: file name} from an index."""
-    with as_user_error(folder / name, "an index of safetensors files"):
-        file_of = read_json(folder, name)["weight_map"]
-        if not all(isinstance(file, str) for file in file_of.values()):
-            raise TypeError("weight_map does not name a file for each tensor")
-        return file_of
 
 
 def _read_part(view, sink: Sink) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.boundary.errors import UserError
 from llama.boundary.untrusted import read_json
 from llama.data.tokenizer_files import load_tokenizer
-from llama.model import Llama
+from llama.model import Llama, PackedDocuments
 from llama.model.config import ROPE_TYPES, RopeScaling
 from llama.model.rope import rope_frequencies
 from llama.storage.base import TINY, TINY_TOKENIZER, Base, check_fit, config_from_json, config_to_json
@@ -339,3 +340,81 @@ def test_the_fingerprint_tells_weights_apart_and_is_the_same_for_a_copy(folder):
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
     assert first != Base.pretrained(str(copy)).fingerprint
+
+
+def test_a_config_that_changed_is_another_base(folder):
+    """R7: the same weights with another RoPE compute something else."""
+    first = Base.pretrained(str(folder)).fingerprint
+    values = read_json(folder, "config.json")
+    (folder / "config.json").write_text(json.dumps(values | {"transformers_version": "5.99"}))
+    assert Base.pretrained(str(folder)).fingerprint == first
+    (folder / "config.json").write_text(json.dumps(values | {"rope_theta": 500000.0}))
+    assert Base.pretrained(str(folder)).fingerprint != first
+
+
+def under_other_names(folder: Path) -> list[Path]:
+    """Store the folder's weights in files whose names only an index knows."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file_of = {name: f"weights-{i % 2}.safetensors" for i, name in enumerate(weights)}
+    for file in set(file_of.values()):
+        save_file({name: weights[name] for name in weights if file_of[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    return [folder / file for file in sorted(set(file_of.values()))]
+
+
+def test_the_fingerprint_covers_whatever_files_the_index_names(folder):
+    """R7: and no file that is not read, which is announced instead."""
+    files = under_other_names(folder)
+    base = Base.pretrained(str(folder))
+    first = base.fingerprint
+    shutil.copy(files[0], folder / "model-of-old.safetensors")
+    with_another = Base.pretrained(str(folder))
+    assert with_another.fingerprint == first and base.notes == []
+    assert with_another.notes == [f"{folder}: not used: 'model-of-old.safetensors'"]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert Base.pretrained(str(folder)).fingerprint != first
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_head_beside_a_tied_embedding_is_loaded_where_it_differs_as_transformers_does(folder, tmp_path, shift):
+    """C34: the logits are those of transformers 5, also of the folder that an export of it makes."""
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += shift
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    base = Base.pretrained(str(folder))
+    assert base.config.tie_word_embeddings is (shift == 0)
+    expected = [f"{folder / 'config.json'}: tie_word_embeddings is true, but the file's lm_head.weight is not the "
+                "embedding, so both are loaded, as transformers 5 does"]  # fmt: skip
+    assert base.notes == (expected if shift else [])
+    model, tokens = Llama(base.config), torch.arange(60)
+    base.load(model)
+    export_model(model, tmp_path / "out", base.config_json, base.tokenizer.files, torch.float32)
+    assert read_json(tmp_path / "out", "config.json")["tie_word_embeddings"] is (shift == 0)
+    with torch.no_grad():
+        ours = model.logits(tokens, PackedDocuments([60]))
+        for opened in (folder, tmp_path / "out"):
+            theirs = LlamaForCausalLM.from_pretrained(opened, dtype=torch.float32).eval()(tokens[None]).logits[0]
+            assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_a_head_of_another_shape_beside_a_tied_embedding_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.ones(7, 8)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"'lm_head.weight' is F32 \[7, 8\], expected F32 \[1280, 8\]"):
+        Base.pretrained(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_of_a_base_is_that_of_most_of_its_weights(folder, dtype):
+    """Norms are sometimes kept in fp32 beside weights in bf16; what config.json says does not count."""
+    weights = load_file(folder / "model.safetensors")
+    stored = {name: tensor if tensor.ndim == 1 else tensor.to(dtype) for name, tensor in weights.items()}
+    save_file(stored, folder / "model.safetensors")
+    assert Base.pretrained(str(folder)).dtype == dtype
