@@ -5,7 +5,7 @@
     python checkpoints.py export RUN OUT [--step NAME]  write the model or adapter of one checkpoint
 """
 
-from llama.boundary.command_line import run
+from llama.boundary.command_line import announce, run
 from llama.storage.settings import parse_command
 
 if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
@@ -112,8 +112,9 @@ def export(saved: Path, out: Path, moved_base: str | None) -> None:
         model = on_meta(base.config)
         changes.apply(model)
         fingerprint, seed = identity["base"], identity["seed"]
+    announce(base.notes)
     if base.folder and base.fingerprint != fingerprint:
-        raise UserError(f"{saved}: the run began with other weights than those that are at {base.folder} now")
+        raise UserError(f"{saved}: the run began with other weights or another config.json than those in {base.folder} now")
     with join() as process:
         verify(saved, manifest)
         distribute(model, process, torch.float32)

@@ -6,7 +6,7 @@
 Every example is scored exactly once. The number of ranks and the batch size do not change the result.
 """
 
-from llama.boundary.command_line import parse, run
+from llama.boundary.command_line import announce, parse, run
 from llama.evaluation.settings import EvaluationSettings
 
 if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
@@ -30,7 +30,7 @@ from llama.evaluation.score import answer_ids, evaluate
 from llama.parallel.collectives import gather
 from llama.parallel.processes import compute_dtype, join
 from llama.storage.base import Base
-from llama.storage.peft import read_adapter
+from llama.storage.peft import adapter_notes, read_adapter
 from lora import Changes, open_model
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     if metric == "perplexity":
         data = data.labelling_prompts()
     adapter = read_adapter(settings.adapter) if settings.adapter else None
+    announce([*base.notes, *adapter_notes(settings.adapter)])
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
     with join() as process:
         model = open_model(base, changes, process, compute_dtype(settings.dtype, process.device))

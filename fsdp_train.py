@@ -38,7 +38,7 @@ from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process, join
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
-from llama.storage.peft import save_adapter
+from llama.storage.peft import adapter_notes, save_adapter
 from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.training.plan import COUNTS, Plan, make_plan
@@ -114,7 +114,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
         report.say(f"{plan.output} is finished already, after step {plan.steps} of {plan.steps}")
         return
     model, optimizer = build(settings, task, process, plan)
-    report.begin(model, task.data.counts(), task.data.notes())
+    report.begin(model, task.data.counts(), [*task.base.notes, *adapter_notes(settings.adapter), *task.data.notes()])
     saver = Saver(plan.output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     current = Run(settings, task, process, plan, model, optimizer, saver, report)
     before = report.held_out(0, evaluate_held_out(current)) if plan.first_step == 0 else report.held_out_before()

@@ -171,7 +171,7 @@ def test_an_export_needs_the_weights_that_the_run_began_with(tmp_path, call):
     weights = bytearray((tmp_path / "moved/model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
     (tmp_path / "moved/model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="the run began with other weights than those that are at .*moved now"):
+    with pytest.raises(UserError, match="the run began with other weights or another config.json than those in .*moved now"):
         call("export", run, tmp_path / "out", "--model", tmp_path / "moved")
     weights[len(weights) // 2] ^= 1
     (tmp_path / "moved/model.safetensors").write_bytes(weights)

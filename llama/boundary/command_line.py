@@ -9,14 +9,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, printable
 from llama.boundary.launch import is_local_rank_zero, refuse_copies, tell_torchrun
 from llama.boundary.records import described_range, kind_of
 from llama.boundary.streams import finish_output, forgiving, open_missing
@@ -105,6 +105,13 @@ def _add_flag(group, entry: Field) -> None:
         help=f"{help_text} ({notes})" if notes else help_text,
         **({"nargs": "?", "const": entry.metadata["bare"]} if entry.metadata["bare"] else {}),
     )
+
+
+def announce(notes: Iterable[str]) -> None:
+    """Print sentences that a user should know to stderr, once per machine."""
+    for note in notes:
+        if is_local_rank_zero():
+            print(printable(note), file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None:

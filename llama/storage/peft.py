@@ -12,7 +12,7 @@ from torch import nn
 
 from llama.boundary.choices import ALL_LINEAR, LARGEST_RANK
 from llama.boundary.durable import write_durably
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, first_few
 from llama.boundary.records import read_record, setting
 from llama.boundary.untrusted import read_json
 from llama.parallel.collectives import fail_together, is_rank_zero
@@ -28,6 +28,19 @@ UNKNOWN_IF_SET = (
     "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "kasa_config", "use_bdlora",
     "use_qalora", "velora_config", "monteclora_config", "arrow_config",
 )  # fmt: skip
+# Settings that must have this value, where they are given.
+FIXED = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
+# Settings of PEFT that change nothing in an adapter that is trained: where it comes from, how it began, and what only
+# counts beside a setting that is refused. Any other setting that nothing here reads is announced by name.
+HARMLESS = {
+    "target_modules", "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+# How an adapter may have begun (init_lora_weights) on a base that stays as it is.
+KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+# These begin with a part of the base's weights, which PEFT subtracts from the base: W becomes W - s B A.
+SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -106,14 +119,29 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def _refuse_unknown(path: Path, about: dict) -> None:
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False)):
+    for key, plain in FIXED.items():
         if about.get(key, plain) != plain:
             raise UserError(f"{path}: {key} is {about[key]!r:.60}, expected {plain!r}")
     for key in UNKNOWN_IF_SET:
         if about.get(key):
             raise UserError(f"{path}: {key} is {str(about[key])[:60]}, expected none: all targets are adapted alike")
-    if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(f"{path}: init_lora_weights is {str(about['init_lora_weights'])[:60]}, which changes the base")
+    began = about.get("init_lora_weights")
+    if began in KEEPS_BASE:
+        return
+    expected = "an adapter of an unchanged base"
+    if str(began).startswith(SUBTRACTED):
+        expected += "; PEFT's save_pretrained makes one of it, with path_initial_model_for_weight_conversion"
+    raise UserError(f"{path}: init_lora_weights is {str(began)[:60]}, which changes the base, expected {expected}")
+
+
+def adapter_notes(folder: str | Path | None) -> list[str]:
+    """Sentences on what an adapter_config.json holds and `read_adapter`, which has accepted it, does not use."""
+    if not folder:
+        return []
+    about = read_json(folder, CONFIG)
+    known = {entry.name for entry in fields(_Numbers)} | FIXED.keys() | {*UNKNOWN_IF_SET} | HARMLESS
+    unused = [name for name, value in about.items() if value is not None and name not in known]
+    return [f"{Path(folder) / CONFIG}: not used: {first_few(unused, 12)}"] if unused else []
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from llama.boundary.errors import UserError
 from llama.model import Llama
-from llama.storage.peft import Adapter, load_adapter, read_adapter, save_adapter
+from llama.storage.peft import Adapter, adapter_notes, load_adapter, read_adapter, save_adapter
 from lora import apply_adapter
 
 
@@ -249,7 +249,8 @@ SETTINGS = {
     "use_bdlora": {"use_bdlora": {"nblocks": 2}},
     "use_qalora": {"use_qalora": True},
     "init_lora_weights": {"init_lora_weights": "pissa"},  # its base is what pissa left of it
-    "init_lora_weights loftq": {"init_lora_weights": "loftq"},
+    "init_lora_weights loftq": {"init_lora_weights": "loftq"},  # it makes up for the rounding of a packed base
+    "init_lora_weights unknown": {"init_lora_weights": "from 2031"},
     "bias": {"bias": "all"},
     "lora_bias": {"lora_bias": True},
     "fan_in_fan_out": {"fan_in_fan_out": True},
@@ -295,11 +296,55 @@ def test_settings_that_change_nothing_are_not_refused(saved, tmp_path):
     harmless = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
                 "fan_in_fan_out": False, "lora_bias": False, "layer_replication": None, "use_qalora": False,
                 "init_lora_weights": True, "megatron_core": "megatron.core", "revision": None, "a new one": None,
-                "exclude_modules": None, "loftq_config": {}, "auto_mapping": None, "peft_version": "0.99"}
+                "exclude_modules": None, "loftq_config": {}, "auto_mapping": None, "peft_version": "0.99",
+                "ensure_weight_tying": False}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | harmless))
     assert replace(read_adapter(tmp_path), targets=()) == Adapter(4, 8.0, 0.0, "dora", ())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": "all-linear"}))
     assert read_adapter(tmp_path).targets == ("all-linear",)
+    assert adapter_notes(tmp_path) == [] == adapter_notes(None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | harmless | {"a new one": False, "more": [1]}))
+    assert adapter_notes(tmp_path) == [f"{tmp_path / 'adapter_config.json'}: not used: 'a new one', 'more'"]
+
+
+def test_every_setting_that_peft_writes_is_known(bases, tmp_path):
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(r=4, target_modules=SEVEN, task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    assert adapter_notes(tmp_path) == [] and read_adapter(tmp_path).rank == 4
+
+
+@pytest.mark.parametrize("began", ["gaussian", "orthogonal", "mica"])
+def test_an_adapter_that_began_otherwise_on_an_unchanged_base_computes_the_same(ranks, bases, tmp_path, began):
+    """C37."""
+    peft = pytest.importorskip("peft")
+    asked = peft.LoraConfig(r=4, init_lora_weights=began, target_modules=SEVEN, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(transformers_model(bases["odd"]), asked).eval()
+    shake(model)
+    model.save_pretrained(tmp_path / "theirs")
+    assert_near(ranks(1, read_back, bases["odd"], tmp_path / "theirs")[0]["logits"], their_logits(model))
+
+
+@pytest.mark.parametrize("began", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_refused_until_peft_has_converted_it(ranks, bases, tmp_path, began):
+    """C37: PEFT subtracts from the base what the adapter begins with, so it would be wrong on the base itself."""
+    peft = pytest.importorskip("peft")
+    asked = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=began, target_modules=SEVEN, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(transformers_model(bases["odd"]), asked).eval()
+    assert (transformers_model(bases["odd"]).model.layers[0].mlp.up_proj.weight
+            - model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight).abs().max() > 0.01
+    model.peft_config["default"].init_lora_weights = True  # or the next line would begin anew
+    model.save_pretrained(tmp_path / "begin")
+    model.peft_config["default"].init_lora_weights = began
+    shake(model)
+    model.save_pretrained(tmp_path / "theirs")
+    refused = f"init_lora_weights is {began}, which changes the base, .* path_initial_model_for_weight"
+    with pytest.raises(UserError, match=refused):
+        read_adapter(tmp_path / "theirs")
+    expected = their_logits(model)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "begin")
+    assert read_adapter(tmp_path / "converted").rank == 8
+    assert_near(ranks(1, read_back, bases["odd"], tmp_path / "converted")[0]["logits"], expected)
+
 
 
 @pytest.mark.parametrize("content", [

@@ -1,0 +1,75 @@
+"""How much of what training has changed is lost when weights are rounded to the dtype of a file.
+
+Numbers in bf16 have 8 significant bits: the neighbours of 1 are 1.0078 and 0.9961. An update of a weight that is much
+smaller than the distance between neighbours is rounded away, so a short training can be lost as a whole.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.model import Llama
+from llama.parallel.collectives import fail_together, gather
+from llama.parallel.shards import local_slice
+from llama.storage.pretrained import hugging_face_parameters
+from llama.storage.slices import Sink, read_tensors
+
+LARGE = 0.05  # a larger part lost is worth another dtype
+
+
+@dataclass
+class Rounding:
+    """Adds up over this rank's slices what rounding to `dtype` loses of the change between `before` and `after`."""
+
+    dtype: torch.dtype
+    lost: float = 0.0  # the sum of the squares of all errors
+    changed: float = 0.0  # the sum of the squares of all changes
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """A part of a weight; the errors are those of `after`."""
+        after = after.float()
+        error = after.to(self.dtype).float() - after
+        change = after - before.to(after.device, torch.float32)
+        self.lost += float(error.square().sum(dtype=torch.float64))
+        self.changed += float(change.square().sum(dtype=torch.float64))
+
+    def part_lost(self) -> float:
+        """||rounded - exact|| / ||change|| over all weights of all ranks; 0 where nothing was changed. Collective."""
+        sums = [sum(values) for values in zip(*gather((self.lost, self.changed)), strict=True)]
+        return math.sqrt(sums[0] / sums[1]) if sums[1] else 0.0
+
+    def sentence(self, way_out: str) -> str:
+        """The part lost in words, and how to avoid it where it is large. Collective."""
+        part = self.part_lost()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"rounding to {dtype} lost {part:.1%} of what training changed" + (f"; {way_out}" if part > LARGE else "")
+
+
+@torch.no_grad()
+def rounding_of_training(model: Llama, base: Path, dtype: torch.dtype) -> Rounding:
+    """What an export in this dtype loses of the change between the folder `base` and the model that was trained.
+
+    Each rank reads its slices of the base's files again. Collective. Raises UserError, on every rank, if they cannot be
+    read any more.
+    """
+    rounding = Rounding(dtype)
+    sinks = {}
+    for name, parameter in hugging_face_parameters(model).items():
+        if parameter.requires_grad:
+            sinks[name] = _comparing_sink(parameter, rounding)
+    with fail_together(base):
+        read_tensors(sinks, base, allow_unexpected=lambda name: True)
+    return rounding
+
+
+def _comparing_sink(parameter: Tensor, rounding: Rounding) -> Sink:
+    """Takes the rows of the base's weight, and compares each with the trained one."""
+    local, start = local_slice(parameter)
+
+    def put(first: int, values: Tensor) -> None:
+        rounding.add(values, local[first : first + len(values)])
+
+    return Sink(tuple(parameter.shape), parameter.dtype, tuple(start), tuple(local.shape), put)
