@@ -3,6 +3,7 @@
     python checkpoints.py list RUN                      name, size and held-out loss of each
     python checkpoints.py verify RUN                    read every byte and compare it with the manifest
     python checkpoints.py export RUN OUT [--step NAME]  write the model or adapter of one checkpoint
+                                [--dtype float32]       (a model in another dtype than bfloat16)
 """
 
 from llama.boundary.command_line import announce, run
@@ -25,7 +26,7 @@ from llama.storage.base import Base
 from llama.storage.checkpoint import load_checkpoint
 from llama.storage.manifest import PIN, best, find, published, read_manifest, verify
 from llama.storage.peft import Adapter, save_adapter
-from llama.storage.pretrained import export_model
+from llama.storage.pretrained import EXPORT_DTYPE, export_model
 from llama.training.state import trained_parameters
 from lora import Changes
 
@@ -40,7 +41,7 @@ def main() -> None:
     elif asked.command == "verify":
         verify_all([chosen(asked, found)] if asked.step else found)
     else:
-        export(chosen(asked, found), asked.out, asked.model)
+        export(chosen(asked, found), asked.out, asked.model, asked.dtype)
 
 
 def chosen(asked: Namespace, found: list[Path]) -> Path:
@@ -93,13 +94,14 @@ def verify_all(paths: list[Path]) -> None:
         raise damaged
 
 
-def export(saved: Path, out: Path, moved_base: str | None) -> None:
+def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | None) -> None:
     """Write the weights of a checkpoint as the end of a run does: as a model that transformers opens, or an adapter
     that PEFT opens.
 
     The base model is needed for its tokenizer and its frozen weights. `moved_base`: its folder, if it is no longer
-    where the run found it.
+    where the run found it. `dtype_name`: of a model's weights; an adapter's stay float32.
     """
+    dtype = getattr(torch, dtype_name) if dtype_name else EXPORT_DTYPE
     manifest = read_manifest(saved)
     identity = manifest.identity
     with as_user_error(saved, "a manifest that says what the run was"):
@@ -113,8 +115,11 @@ def export(saved: Path, out: Path, moved_base: str | None) -> None:
         changes.apply(model)
         fingerprint, seed = identity["base"], identity["seed"]
     announce(base.notes)
+    if adapter and dtype_name not in (None, "float32"):
+        raise UserError(f"--dtype {dtype_name}: {saved} is of an adapter, which is kept in float32")
     if base.folder and base.fingerprint != fingerprint:
-        raise UserError(f"{saved}: the run began with other weights or another config.json than those in {base.folder} now")
+        changed = f"other weights or another config.json than those in {base.folder} now"
+        raise UserError(f"{saved}: the run began with {changed}")
     with join() as process:
         verify(saved, manifest)
         distribute(model, process, torch.float32)
@@ -124,9 +129,10 @@ def export(saved: Path, out: Path, moved_base: str | None) -> None:
         if adapter:
             save_adapter(model, out, adapter, base.name)
         else:
-            export_model(model, out, base.config_json, base.tokenizer.files)
+            export_model(model, out, base.config_json, base.tokenizer.files, dtype)
+        rounded = "" if adapter else f"; {base.about_export(model, dtype)}"
         if process.is_rank_zero:
-            print(f"{out}: {'the adapter' if adapter else 'the model'} after step {manifest.step}")
+            print(f"{out}: {'the adapter' if adapter else 'the model'} after step {manifest.step}{rounded}")
 
 
 if __name__ == "__main__":

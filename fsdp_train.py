@@ -132,6 +132,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
         save_adapter(model, result, adapter, task.base.name, replace=True)
     else:
         export_model(model, result, task.base.config_json, task.base.tokenizer.files, replace=True)
+        report.say(task.base.about_export(model))
     report.finish(result.name, totals, before, after, time.perf_counter() - began)
 
 

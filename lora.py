@@ -15,7 +15,7 @@ DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length 
     python lora.py --model DIR --adapter runs/alpaca-DIR/adapter --output merged
 """
 
-from llama.boundary.command_line import parse, run
+from llama.boundary.command_line import announce, parse, run
 from llama.storage.settings import MergeSettings
 
 if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
@@ -37,8 +37,9 @@ from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process, join
 from llama.parallel.shards import all_finite, draw, local_slice, whole_tensor
 from llama.storage.base import Base
-from llama.storage.peft import Adapter, load_adapter, read_adapter
+from llama.storage.peft import Adapter, adapter_notes, load_adapter, read_adapter
 from llama.storage.pretrained import export_model
+from llama.storage.rounding import Rounding
 
 
 class LoRALinear(nn.Linear):
@@ -172,12 +173,12 @@ def _local_rows(linear: LoRALinear) -> Tensor:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, quantized: str | None = None) -> None:
+def merge(model: nn.Module, quantized: str | None = None, rounding: Rounding | None = None) -> None:
     """Add every adapter to its base weight and remove it; the model's output stays the same. Collective.
 
     W <- W + s B A, and for DoRA its rows scaled to length m. `quantized`: int8 or nf4 if the adapter was trained over
     such a base. Then W is first rounded in the same way, because the adapter has learned to correct that rounding.
-    Raises ValueError if the model itself is quantised, and where `quantize` would raise it.
+    `rounding` adds up the changes. Raises ValueError if the model itself is quantised, and where `quantize` would.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("merge: the model is quantised; open it without --quantize and pass `quantized` instead")
@@ -191,6 +192,8 @@ def merge(model: nn.Module, quantized: str | None = None) -> None:
         if linear.lora_magnitude_vector is not None:
             magnitude = local_slice(linear.lora_magnitude_vector.weight)[0].float()
             rows *= length_ratio(magnitude, row_lengths(rows))[:, None]
+        if rounding:
+            rounding.add(weight, rows)
         weight.copy_(rows)
         linear.__class__ = nn.Linear
         for child in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -273,21 +276,25 @@ def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtyp
 
 def main() -> None:
     settings = parse(MergeSettings, description=__doc__)
-    output, dtype = Path(settings.output), getattr(torch, settings.dtype)
+    output = Path(settings.output)
     if not output.name or output.exists():
         raise UserError(f"--output {settings.output}: expected a name that is free")
     base = Base.pretrained(settings.model)
+    announce([*base.notes, *adapter_notes(settings.adapter)])
+    dtype = getattr(torch, settings.dtype) if settings.dtype else base.dtype
+    rounding = Rounding(dtype)
     changes = Changes(adapter=read_adapter(settings.adapter), adapter_folder=settings.adapter)
     with join() as process:
         model = open_model(base, changes, process, torch.float32)
         with as_user_error(f"--quantize {settings.quantize}"):
-            merge(model, None if settings.quantize == "none" else settings.quantize)
+            merge(model, None if settings.quantize == "none" else settings.quantize, rounding)
         if not all_finite(model, dtype):
-            problem = f"a weight is not finite in {settings.dtype}, so nothing was written"
+            problem = f"a weight is not finite in {str(dtype).removeprefix('torch.')}, so nothing was written"
             raise UserError(f"{settings.model} with {settings.adapter}: {problem}")
         export_model(model, output, base.config_json, base.tokenizer.files, dtype)
+        about = rounding.sentence("use --dtype float32, or keep the adapter beside its base")
         if process.is_rank_zero:
-            print(f"{output}: {settings.model} with {settings.adapter} folded in")
+            print(f"{output}: {settings.model} with {settings.adapter} folded in; {about}")
 
 
 if __name__ == "__main__":

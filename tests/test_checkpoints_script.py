@@ -111,10 +111,13 @@ def test_as_a_process_a_mistake_ends_with_status_2(tmp_path):
 def test_a_checkpoint_exports_the_model_as_it_was_at_its_step(tmp_path, call):
     """R24: the newest one where no step is named; with the tokenizer, as a folder that opens as a base."""
     save_run(tmp_path / "run", [1, 2])
-    for name, flags, grown in (("newest", [], 1), ("older", ["--step", "step-1"], 0)):
+    for name, flags, grown, dtype in (
+        ("newest", [], 1, "bfloat16"), ("older", ["--step", "step-1", "--dtype", "float32"], 0, "float32")
+    ):  # fmt: skip
         out = tmp_path / name
         said = call("export", tmp_path / "run", out, *flags)
-        assert said == f"{out}: the model after step {1 + grown}\n"
+        assert said == f"{out}: the model after step {1 + grown}; exported in {dtype}\n"
+        assert Base.pretrained(str(out)).dtype == getattr(torch, dtype)
         expected = Llama(TINY)
         Base.tiny().load(expected, seed=3)
         for parameter, tensor in load_file(out / "model.safetensors").items():
@@ -143,6 +146,8 @@ def test_a_checkpoint_of_an_adapter_exports_the_adapter(tmp_path, call):
     call("export", tmp_path / "tiny", tmp_path / "base")
     base = Base.pretrained(str(tmp_path / "base"))
     save_run(tmp_path / "run", [1, 2], lora=LORA, quantize="int8", model=base.name, base=base.fingerprint)
+    with pytest.raises(UserError, match="--dtype bfloat16: .* is of an adapter, which is kept in float32"):
+        call("export", tmp_path / "run", tmp_path / "out", "--dtype", "bfloat16")
     assert call("export", tmp_path / "run", tmp_path / "out") == f"{tmp_path / 'out'}: the adapter after step 2\n"
     assert read_adapter(tmp_path / "out") == Adapter(2, 4.0, 0.0, "dora", ("q_proj", "up_proj"))
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == base.name
@@ -171,7 +176,7 @@ def test_an_export_needs_the_weights_that_the_run_began_with(tmp_path, call):
     weights = bytearray((tmp_path / "moved/model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
     (tmp_path / "moved/model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="the run began with other weights or another config.json than those in .*moved now"):
+    with pytest.raises(UserError, match="the run began with other weights or another config.json than .*moved now"):
         call("export", run, tmp_path / "out", "--model", tmp_path / "moved")
     weights[len(weights) // 2] ^= 1
     (tmp_path / "moved/model.safetensors").write_bytes(weights)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from adapters import (
     write_bases,
     write_dora,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sharded import this_process, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -44,6 +45,7 @@ from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.storage import pretrained
 from llama.storage.base import config_to_json
 from llama.storage.peft import Adapter, load_adapter, read_adapter
+from llama.storage.rounding import Rounding
 from llama.training.optim import build_adamw
 from lora import (
     Changes,
@@ -535,37 +537,68 @@ def test_the_command_writes_a_folder_that_transformers_opens(ranks, folder, tmp_
     assert (out / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
 
 
-def test_the_command_writes_bf16_of_the_merged_weights_unless_asked_otherwise(
-    ranks, folder, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("stored_as, asked", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")])
+def test_the_command_writes_the_merged_weights_in_the_bases_dtype_unless_asked_otherwise(
+    ranks, folder, tmp_path, monkeypatch, capsys, stored_as, asked
 ):
-    """C38: 16 or 32 bits, never the packed ones; rounded once, from sums in fp32."""
-    ranks(1, write_adapter, folder, tmp_path / "adapter", Adapter(4, 6.0))
-    stored, base = load_file(tmp_path / "adapter/adapter_model.safetensors"), load_file(folder / "model.safetensors")
+    """C38: never the packed ones; rounded once, from sums in fp32; the part that rounding lost is said."""
+    base = load_file(folder / "model.safetensors")
+    start = tmp_path / "base"
+    shutil.copytree(folder, start)
+    save_file({name: t.to(getattr(torch, stored_as)) for name, t in base.items()}, start / "model.safetensors")
+    base = {name: tensor.float() for name, tensor in load_file(start / "model.safetensors").items()}
+    ranks(1, write_adapter, start, tmp_path / "adapter", Adapter(4, 6.0))
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
     for kind in ("none", "int8"):
         out = tmp_path / kind
-        status, message = in_process(
-            monkeypatch, capsys, "--model", folder, "--adapter", tmp_path / "adapter", "--output", out, "--quantize",
-            kind,
-        )  # fmt: skip
+        flags = ["--model", start, "--adapter", tmp_path / "adapter", "--output", out, "--quantize", kind]
+        status, message, said = in_process(monkeypatch, capsys, *flags, *(["--dtype", asked] if asked else []))
         assert (status, message) == (0, [])
         found = load_file(out / "model.safetensors")
-        assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16} and found.keys() == base.keys()
+        dtype = getattr(torch, asked or stored_as)
+        assert {tensor.dtype for tensor in found.values()} == {dtype} and found.keys() == base.keys()
+        lost = changed = 0.0
         for name, weight in base.items():
             key = f"base_model.model.{name.removesuffix('.weight')}.lora_%s.weight"
             if key % "A" in stored and kind == "none":
-                weight = weight.double() + 6 / 4 * stored[key % "B"].double() @ stored[key % "A"].double()
+                update = 6 / 4 * stored[key % "B"].double() @ stored[key % "A"].double()
+                weight = weight.double() + update
+                lost += float((found[name].double() - weight).square().sum())
+                changed += float(update.square().sum())
             if key % "A" not in stored or kind == "none":
                 assert (found[name].double() - weight).abs().max() <= 2.0**-8 * weight.abs().max(), name
+        if kind == "none":
+            told = float(re.search(rf"rounding to {asked or stored_as} lost ([\d.]+)% of what training", said)[1])
+            assert told == pytest.approx(100 * math.sqrt(lost / changed), abs=0.06)
 
 
-def in_process(monkeypatch, capsys, *arguments) -> tuple[int, list[str]]:
+def merged_with_rounding(base: Path, adapter: Path) -> tuple[float, float]:
+    """The part that bf16 and fp32 lose of an adapter, on all ranks."""
+    parts = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model, rounding = opened(base, read_adapter(adapter)), Rounding(dtype)
+        load_adapter(model, adapter)
+        merge(model, rounding=rounding)
+        parts.append(rounding.part_lost())
+    return tuple(parts)
+
+
+def test_the_part_of_an_adapter_that_rounding_loses_is_the_same_on_any_number_of_ranks(ranks, bases, saved):
+    alone = ranks(1, merged_with_rounding, bases["odd"], saved)[0]
+    assert 0.001 < alone[0] < 0.1 and alone[1] < 1e-6
+    for found in ranks(4, merged_with_rounding, bases["odd"], saved):
+        assert found == pytest.approx(alone, rel=1e-5)
+
+
+def in_process(monkeypatch, capsys, *arguments) -> tuple[int, list[str], str]:
     monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, arguments)])
     status = 0
     try:
         run(lora.main)
     except SystemExit as stopped:
         status = stopped.code
-    return status, capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    return status, err.splitlines(), out
 
 
 MISTAKES = {
@@ -607,7 +640,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(folder, places, tmp_p
     monkeypatch.chdir(tmp_path)
     arguments, expected = MISTAKES[case]
     arguments = [argument.format(**places) for argument in arguments]
-    status, message = in_process(
+    status, message, _ = in_process(
         monkeypatch, capsys, "--model", folder, "--adapter", places["fitting"], "--output", "merged", *arguments
     )
     assert status == 2 and len(message) == 1 and expected in message[0], message

@@ -17,7 +17,14 @@ from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama, ModelConfig
 from llama.storage.config_json import config_from_json, config_to_json, unused_keys
-from llama.storage.pretrained import hugging_face_parameters, initialize_weights, load_weights, superfluous_names
+from llama.storage.pretrained import (
+    EXPORT_DTYPE,
+    hugging_face_parameters,
+    initialize_weights,
+    load_weights,
+    superfluous_names,
+)
+from llama.storage.rounding import rounding_of_training
 from llama.storage.slices import check_tensors, differ
 from llama.storage.weight_files import unused_files, weight_files
 
@@ -99,6 +106,16 @@ class Base:
             load_weights(model, self.folder)
         else:
             initialize_weights(model, seed)
+
+    def about_export(self, model: Llama, dtype: torch.dtype = EXPORT_DTYPE) -> str:
+        """A sentence on the dtype of a trained model's export, and on what rounding to it lost. Collective."""
+        if not self.folder:
+            return f"exported in {str(dtype).removeprefix('torch.')}"
+        way_out = "`python checkpoints.py export RUN OUT --dtype float32` loses nothing"
+        try:
+            return rounding_of_training(model, self.folder, dtype).sentence(way_out)
+        except UserError as error:
+            return f"the export could not be compared with its base: {error}"
 
     @property
     def fingerprint(self) -> str | None:

@@ -44,8 +44,8 @@ class Rounding:
     def sentence(self, way_out: str) -> str:
         """The part lost in words, and how to avoid it where it is large. Collective."""
         part = self.part_lost()
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"rounding to {dtype} lost {part:.1%} of what training changed" + (f"; {way_out}" if part > LARGE else "")
+        text = f"rounding to {str(self.dtype).removeprefix('torch.')} lost {part:.1%} of what training changed"
+        return f"{text}; {way_out}" if part > LARGE else text
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from llama.boundary.choices import QUANTIZED
 from llama.boundary.command_line import Parser
 from llama.boundary.records import Settings, setting
 
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings(Settings):
@@ -17,7 +19,7 @@ class MergeSettings(Settings):
     adapter: str = setting(help="folder with adapter_config.json and adapter_model.safetensors")
     output: str = setting(help="the Hugging Face folder to write")
     quantize: str = setting("none", "what the adapter's base was rounded to in training", choices=("none", *QUANTIZED))
-    dtype: str = setting("bfloat16", "of the weights written", choices=("bfloat16", "float16", "float32"))
+    dtype: str | None = setting(None, "of the weights; default: the base's", choices=WEIGHT_DTYPES)
 
 
 EXAMPLES = {
@@ -41,6 +43,8 @@ def parse_command(description: str) -> Namespace:
         if name == "export":
             command.add_argument("out", type=Path, help="the folder to make")
             command.add_argument("--model", help="folder of the base model, if it has moved since the run")
+            help_text = "of a model's weights (default: bfloat16)"
+            command.add_argument("--dtype", choices=WEIGHT_DTYPES, help=help_text)
         if name != "list":
             command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")
     return parser.parse_args()
