@@ -3,7 +3,7 @@
     python checkpoints.py list RUN                      name, size and held-out loss of each
     python checkpoints.py verify RUN                    read every byte and compare it with the manifest
     python checkpoints.py export RUN OUT [--step NAME]  write the model or adapter of one checkpoint
-                                [--dtype float32]       (a model in another dtype than bfloat16)
+                                [--dtype float32]       (a model in another dtype than its base's)
 """
 
 from llama.boundary.command_line import announce, run
@@ -26,7 +26,7 @@ from llama.storage.base import Base
 from llama.storage.checkpoint import load_checkpoint
 from llama.storage.manifest import PIN, best, find, published, read_manifest, verify
 from llama.storage.peft import Adapter, save_adapter
-from llama.storage.pretrained import EXPORT_DTYPE, export_model
+from llama.storage.pretrained import export_model
 from llama.training.state import trained_parameters
 from lora import Changes
 
@@ -94,14 +94,13 @@ def verify_all(paths: list[Path]) -> None:
         raise damaged
 
 
-def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | None) -> None:
+def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | None = None) -> None:
     """Write the weights of a checkpoint as the end of a run does: as a model that transformers opens, or an adapter
     that PEFT opens.
 
     The base model is needed for its tokenizer and its frozen weights. `moved_base`: its folder, if it is no longer
     where the run found it. `dtype_name`: of a model's weights; an adapter's stay float32.
     """
-    dtype = getattr(torch, dtype_name) if dtype_name else EXPORT_DTYPE
     manifest = read_manifest(saved)
     identity = manifest.identity
     with as_user_error(saved, "a manifest that says what the run was"):
@@ -111,6 +110,7 @@ def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | Non
         adapter = read_record(Adapter, lora | {"targets": tuple(lora["targets"])}, saved) if lora else None
         changes = Changes(identity["quantize"], adapter, identity["train_layers"])
         base = Base.open(moved_base or identity["model"])
+        dtype = getattr(torch, dtype_name) if dtype_name else base.dtype
         model = on_meta(base.config)
         changes.apply(model)
         fingerprint, seed = identity["base"], identity["seed"]

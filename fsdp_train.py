@@ -131,7 +131,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
     if adapter:
         save_adapter(model, result, adapter, task.base.name, replace=True)
     else:
-        export_model(model, result, task.base.config_json, task.base.tokenizer.files, replace=True)
+        export_model(model, result, task.base.config_json, task.base.tokenizer.files, task.base.dtype, replace=True)
         report.say(task.base.about_export(model))
     report.finish(result.name, totals, before, after, time.perf_counter() - began)
 

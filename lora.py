@@ -4,9 +4,8 @@
 
 Full fine-tuning takes 16 bytes a weight: 4 for W, 4 for its gradient, 8 for its moments; with LoRA, W needs only the
 first 4 (the backward still runs through it). Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale s is
-alpha / r, or alpha / sqrt(r) in rsLoRA
-(Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that the size of an update does not shrink with the rank.
-DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m of each row:
+alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that an update does
+not shrink with the rank. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m of each row:
 
     y = m / ||W + s B A|| (W + s B A) x        ||.|| is one norm per row (out); no gradient flows through it
 
@@ -281,17 +280,16 @@ def main() -> None:
         raise UserError(f"--output {settings.output}: expected a name that is free")
     base = Base.pretrained(settings.model)
     announce([*base.notes, *adapter_notes(settings.adapter)])
-    dtype = getattr(torch, settings.dtype) if settings.dtype else base.dtype
-    rounding = Rounding(dtype)
+    rounding = Rounding(getattr(torch, settings.dtype) if settings.dtype else base.dtype)
     changes = Changes(adapter=read_adapter(settings.adapter), adapter_folder=settings.adapter)
     with join() as process:
         model = open_model(base, changes, process, torch.float32)
         with as_user_error(f"--quantize {settings.quantize}"):
             merge(model, None if settings.quantize == "none" else settings.quantize, rounding)
-        if not all_finite(model, dtype):
-            problem = f"a weight is not finite in {str(dtype).removeprefix('torch.')}, so nothing was written"
+        if not all_finite(model, rounding.dtype):
+            problem = f"a weight is not finite in {rounding.dtype_name}, so nothing was written"
             raise UserError(f"{settings.model} with {settings.adapter}: {problem}")
-        export_model(model, output, base.config_json, base.tokenizer.files, dtype)
+        export_model(model, output, base.config_json, base.tokenizer.files, rounding.dtype)
         about = rounding.sentence("use --dtype float32, or keep the adapter beside its base")
         if process.is_rank_zero:
             print(f"{output}: {settings.model} with {settings.adapter} folded in; {about}")

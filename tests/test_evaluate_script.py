@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,18 @@ def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(
     assert [line["answer"] for line in lines] == [("negative", "positive")[row["label"]] for row in rows]
     assert [line["prediction"] for line in lines] == [("negative", "positive")[guesses[i]] for i in range(23)]
     assert sum(line["prediction"] == line["answer"] for line in lines) / len(lines) == result["accuracy"]
+
+
+def test_what_the_models_files_hold_and_nothing_uses_is_announced_on_stderr(
+    exported, reviews, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"attention_dropout": 0.1, "new\n": [], "absent": None}))
+    status, out, err = command(monkeypatch, capsys, "--model", folder, "--data", reviews, "--dtype", "float32")
+    assert status == 0 and json.loads(out)["n"] == 23
+    assert err == f"{folder / 'config.json'}: not used: 'attention_dropout', 'new\\n'"
 
 
 def test_perplexity_is_the_exponential_of_the_loss_over_every_token(exported, reviews, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """Runs with adapters, packed bases, 8-bit moments, frozen layers: equal on any ranks, resumed, evaluated, refused."""
 
+import io
 import json
 import shutil
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,7 +100,29 @@ def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in steps_of(output)]
 
 
-# Adapters
+# The base's files
+
+
+def printed(cache: Path, chosen: TrainingSettings) -> str:
+    """What a run prints on this rank."""
+    with redirect_stdout(io.StringIO()) as out:
+        train_here(cache, chosen)
+    return out.getvalue()
+
+
+def test_a_run_says_once_what_it_does_not_use_and_exports_in_the_bases_dtype(ranks, folders, data, cache, tmp_path):
+    """What rounding lost is measured against the base's files; nothing, for a base in fp32."""
+    base = tmp_path / "base"
+    shutil.copytree(folders["untied"], base)
+    weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors")
+    about = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(about | {"sliding_window": 64}))
+    first, second = ranks(2, printed, cache, settings(base, data, tmp_path / "out", 2, max_steps=1))
+    assert first.count(f"{base / 'config.json'}: not used: 'sliding_window'\n") == 1 and second == ""
+    assert "the error of rounding to float32 is 0.0% of what training has changed\n" in first
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model/model.safetensors").values()} == {torch.float32}
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["sliding_window"] == 64
 
 
 def test_a_base_that_changed_under_a_run_with_an_adapter_is_refused(folders, data, cache, tmp_path, ranks):
@@ -116,6 +140,9 @@ def test_a_base_that_changed_under_a_run_with_an_adapter_is_refused(folders, dat
     message = ranks(1, refused, cache, replace(chosen, resume="newest"))[0]
     assert "base was" in message and "\n" not in message
     assert saved_steps(tmp_path / "out") == [1]
+
+
+# Adapters
 
 
 @pytest.mark.parametrize("sizes, changes, tolerance", [

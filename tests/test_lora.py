@@ -568,7 +568,7 @@ def test_the_command_writes_the_merged_weights_in_the_bases_dtype_unless_asked_o
             if key % "A" not in stored or kind == "none":
                 assert (found[name].double() - weight).abs().max() <= 2.0**-8 * weight.abs().max(), name
         if kind == "none":
-            told = float(re.search(rf"rounding to {asked or stored_as} lost ([\d.]+)% of what training", said)[1])
+            told = float(re.search(rf"error of rounding to {asked or stored_as} is ([\d.]+)% of what", said)[1])
             assert told == pytest.approx(100 * math.sqrt(lost / changed), abs=0.06)
 
 
@@ -579,7 +579,7 @@ def merged_with_rounding(base: Path, adapter: Path) -> tuple[float, float]:
         model, rounding = opened(base, read_adapter(adapter)), Rounding(dtype)
         load_adapter(model, adapter)
         merge(model, rounding=rounding)
-        parts.append(rounding.part_lost())
+        parts.append(rounding.relative_error())
     return tuple(parts)
 
 

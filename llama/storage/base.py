@@ -17,13 +17,7 @@ from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama, ModelConfig
 from llama.storage.config_json import config_from_json, config_to_json, unused_keys
-from llama.storage.pretrained import (
-    EXPORT_DTYPE,
-    hugging_face_parameters,
-    initialize_weights,
-    load_weights,
-    superfluous_names,
-)
+from llama.storage.pretrained import hugging_face_parameters, initialize_weights, load_weights, superfluous_names
 from llama.storage.rounding import rounding_of_training
 from llama.storage.slices import check_tensors, differ
 from llama.storage.weight_files import unused_files, weight_files
@@ -48,7 +42,8 @@ TINY = ModelConfig(
 class Base:
     """The model that --model names. `folder` holds its weights; None: it starts from random weights.
 
-    `dtype` is what most of its weights are stored in. `notes` are sentences on what its files hold and is not used.
+    `dtype` is what most of its weights are stored in, and what exports keep. `notes` are sentences on what its files
+    hold and is not used.
     """
 
     name: str
@@ -107,8 +102,9 @@ class Base:
         else:
             initialize_weights(model, seed)
 
-    def about_export(self, model: Llama, dtype: torch.dtype = EXPORT_DTYPE) -> str:
-        """A sentence on the dtype of a trained model's export, and on what rounding to it lost. Collective."""
+    def about_export(self, model: Llama, dtype: torch.dtype | None = None) -> str:
+        """A sentence on a trained model's export in this dtype (None: the base's): what rounding loses. Collective."""
+        dtype = dtype or self.dtype
         if not self.folder:
             return f"exported in {str(dtype).removeprefix('torch.')}"
         way_out = "`python checkpoints.py export RUN OUT --dtype float32` loses nothing"

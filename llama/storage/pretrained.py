@@ -20,7 +20,6 @@ from llama.storage.slices import Sink, read_tensors, write_tensors
 
 # The names of files that an export writes. A left-over folder with any other file in it is not ours to delete.
 EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")
-EXPORT_DTYPE = torch.bfloat16  # of a model that was trained, unless another one is asked for
 
 
 def load_weights(model: Llama, folder: str | Path) -> None:
@@ -80,7 +79,7 @@ def export_model(
     folder: Path,
     config_json: dict,
     tokenizer_files: Sequence[Path] = (),
-    dtype: torch.dtype = EXPORT_DTYPE,
+    dtype: torch.dtype = torch.bfloat16,
     replace: bool = False,
 ) -> None:
     """Write a folder that transformers opens: weights, config.json, copies of the tokenizer's files. Collective.

@@ -28,6 +28,10 @@ class Rounding:
     lost: float = 0.0  # the sum of the squares of all errors
     changed: float = 0.0  # the sum of the squares of all changes
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def add(self, before: Tensor, after: Tensor) -> None:
         """A part of a weight; the errors are those of `after`."""
         after = after.float()
@@ -36,15 +40,15 @@ class Rounding:
         self.lost += float(error.square().sum(dtype=torch.float64))
         self.changed += float(change.square().sum(dtype=torch.float64))
 
-    def part_lost(self) -> float:
+    def relative_error(self) -> float:
         """||rounded - exact|| / ||change|| over all weights of all ranks; 0 where nothing was changed. Collective."""
         sums = [sum(values) for values in zip(*gather((self.lost, self.changed)), strict=True)]
         return math.sqrt(sums[0] / sums[1]) if sums[1] else 0.0
 
     def sentence(self, way_out: str) -> str:
-        """The part lost in words, and how to avoid it where it is large. Collective."""
-        part = self.part_lost()
-        text = f"rounding to {str(self.dtype).removeprefix('torch.')} lost {part:.1%} of what training changed"
+        """The same in words, and how to avoid it where it is large. Collective."""
+        part = self.relative_error()
+        text = f"the error of rounding to {self.dtype_name} is {part:.1%} of what training has changed"
         return f"{text}; {way_out}" if part > LARGE else text
 
 

@@ -43,7 +43,7 @@ def parse_command(description: str) -> Namespace:
         if name == "export":
             command.add_argument("out", type=Path, help="the folder to make")
             command.add_argument("--model", help="folder of the base model, if it has moved since the run")
-            help_text = "of a model's weights (default: bfloat16)"
+            help_text = "of a model's weights (default: the base's)"
             command.add_argument("--dtype", choices=WEIGHT_DTYPES, help=help_text)
         if name != "list":
             command.add_argument("--step", help="step-N, newest or best (default: newest; verify: all)")

@@ -18,7 +18,8 @@ from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama, PackedDocuments
 from llama.model.config import ROPE_TYPES, RopeScaling
 from llama.model.rope import rope_frequencies
-from llama.storage.base import TINY, TINY_TOKENIZER, Base, check_fit, config_from_json, config_to_json
+from llama.storage.base import TINY, TINY_TOKENIZER, Base, check_fit
+from llama.storage.config_json import config_from_json, config_to_json, unused_keys
 from llama.storage.pretrained import export_model, initialize_weights
 from llama.storage.slices import write_tensors
 
@@ -194,6 +195,7 @@ def read(values: dict) -> None:
         assert "\n" not in str(error)
     else:
         assert config_from_json(config_to_json(config)) == config
+        assert not any("\n" in note for note in unused_keys(values))
 
 
 @settings(max_examples=60, deadline=None)

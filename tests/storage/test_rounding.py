@@ -64,7 +64,7 @@ def test_the_part_that_rounding_loses_is_that_of_the_files_on_any_number_of_rank
     part = math.sqrt(lost / changed)
     assert (part > 0.5) is (size < 0.01)
     way_out = "; `python checkpoints.py export RUN OUT --dtype float32` loses nothing" if part > 0.05 else ""
-    assert said == [f"rounding to bfloat16 lost {part:.1%} of what training changed{way_out}"]
+    assert said == [f"the error of rounding to bfloat16 is {part:.1%} of what training has changed{way_out}"]
     assert ranks(4, train_and_export, base, tmp_path / "exact", size) == said * 4
 
 
@@ -80,12 +80,13 @@ def test_nothing_is_lost_where_nothing_was_changed_or_nothing_is_rounded():
     unchanged, exact = Rounding(torch.float32), Rounding(torch.float32)
     unchanged.add(weight, weight)
     exact.add(weight, weight + 1e-3)
-    assert unchanged.part_lost() == exact.part_lost() == 0.0
+    assert unchanged.relative_error() == exact.relative_error() == 0.0
 
 
 def test_an_update_far_below_the_distance_of_neighbouring_numbers_is_lost_as_a_whole():
     """bf16: the neighbours of 1 are 1 + 2^-7 and 1 - 2^-8."""
     rounding = Rounding(torch.bfloat16)
     rounding.add(torch.ones(10), torch.ones(10) + 1e-4)
-    assert rounding.part_lost() == pytest.approx(1.0, abs=1e-6)
-    assert rounding.sentence("do this") == "rounding to bfloat16 lost 100.0% of what training changed; do this"
+    assert rounding.relative_error() == pytest.approx(1.0, abs=1e-6)
+    said = "the error of rounding to bfloat16 is 100.0% of what training has changed; do this"
+    assert rounding.sentence("do this") == said
