@@ -8,10 +8,10 @@ from llama.boundary.errors import UserError
 HEAD = 1024  # bytes that are looked at
 # How the content of a file begins, and what it then is.
 BEGINNINGS = {
-    rb"version https://git-lfs": "a git-lfs pointer in place of the content; run `git lfs pull` where it was cloned",
-    rb"(?i)\s*<(!doctype|html|head|body|\?xml)": "a web page, such as an error page that was saved; download it again",
-    rb"GGUF": "a GGUF file of llama.cpp; take the Hugging Face folder that it was made from",
-    rb"PK\x03\x04": "a zip archive, perhaps a pickle of torch.save",
+    rb"version https://git-lfs": "a git-lfs pointer, expected the file itself: run `git lfs pull` where it was cloned",
+    rb"(?i)\s*<(!doctype|html|head|body|\?xml)": "a web page, expected the file itself: download it again",
+    rb"GGUF": "a GGUF file of llama.cpp, expected the Hugging Face folder that it was made from",
+    rb"PK\x03\x04": "a zip archive, perhaps a pickle of torch.save, expected the format of its name",
 }
 # What a folder may have in place of weights that can be read, as {pattern of file names: what it is, and what to do}.
 PICKLE = "a pickle, which can run code when it is opened"
@@ -40,8 +40,7 @@ def refuse_foreign_file(path: Path, is_binary: bool = False) -> None:
     refuse_foreign_content(path, head)
     text = head.decode("latin-1").strip()
     if is_binary and text.isascii() and "".join(text.split()).isprintable() and text:
-        found = f"is text that begins {text[:60]!r}, perhaps an error message that was saved"
-        raise UserError(f"{path}: {found}; download it again")
+        raise UserError(f"{path}: is text that begins {text[:60]!r}, expected the file itself: download it again")
 
 
 def refuse_foreign_content(where: str | Path, content: bytes) -> None:

@@ -741,7 +741,7 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path):
     refused(tmp_path / "absent")
     refused(tmp_path / "absent.json")
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 499723\n"
-    assert "version https" in refused(write(tmp_path, tokenizer__model=lfs), tmp_path / "tokenizer.model")
+    assert "git lfs pull" in refused(write(tmp_path, tokenizer__model=lfs), tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").mkdir()
     refused(tmp_path, tmp_path / "tokenizer.json")
 
