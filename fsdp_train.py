@@ -114,7 +114,8 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
         report.say(f"{plan.output} is finished already, after step {plan.steps} of {plan.steps}")
         return
     model, optimizer = build(settings, task, process, plan)
-    report.begin(model, task.data.counts(), [*task.base.notes, *adapter_notes(settings.adapter), *task.data.notes()])
+    notes = [*task.base.notes, *adapter_notes(settings.adapter), *task.data.notes()]
+    report.begin(model, task.data.counts() | {"answers": len(task.words or [])}, notes)
     saver = Saver(plan.output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     current = Run(settings, task, process, plan, model, optimizer, saver, report)
     before = report.held_out(0, evaluate_held_out(current)) if plan.first_step == 0 else report.held_out_before()

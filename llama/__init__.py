@@ -34,3 +34,5 @@ One legend of shapes holds everywhere:
     S  keys a block may see          V  vocab_size              K  key/value heads
     G  query heads that share one key/value head: N / K
 """
+
+__version__ = "0.1.0"

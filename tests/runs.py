@@ -18,7 +18,7 @@ import fsdp_train
 from llama.boundary.errors import UserError
 from llama.storage import manifest
 from llama.storage.manifest import published, step_of
-from llama.training import report
+from llama.training import curve as curves
 from llama.training.settings import TrainingSettings
 
 ROOT = Path(fsdp_train.__file__).parent
@@ -72,9 +72,9 @@ def train_here(
             raise ConnectionResetError("pulled the plug")
         return real(current, step)
 
-    curve = {} if draw else {"draw_loss_curve": lambda *_: None}
+    curve = {} if draw else {"draw": lambda *_: None}
     joined = {"parse": lambda *_, **__: chosen, "join": lambda: nullcontext(this_process())}
-    with replaced(fsdp_train, train_step=train_step, **joined), replaced(report, **curve):
+    with replaced(fsdp_train, train_step=train_step, **joined), replaced(curves, **curve):
         try:
             fsdp_train.main()
         except ConnectionResetError:

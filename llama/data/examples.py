@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from llama.boundary.errors import UserError, as_user_error, printable
-from llama.boundary.launch import is_local_rank_zero
+from llama.boundary.progress import Progress
 from llama.data.cache import cached, digest
 from llama.data.chat import Renderer
 from llama.data.encoding import Encoded, encode_rows
@@ -169,8 +168,8 @@ def encode_file(
         batches = _batches(_render(path, template, category))
         answers = tokenizer.encode_batch(list(template.answers), starts_text=False)
         limits = (max_length, truncate_side, max(map(len, answers), default=0))
-        with tqdm(desc=f"encoding {path.name}", unit=" rows", disable=not is_local_rank_zero(), leave=False) as bar:
-            _write(folder, path, (_encode(batch, tokenizer, limits, bar) for batch in batches))
+        with Progress(f"encoding {path.name}", "rows", silent=not is_local_rank_zero()) as progress:
+            _write(folder, path, (_encode(batch, tokenizer, limits, progress) for batch in batches))
         if _identity(path) != before:
             raise UserError(f"{path}: changed while it was read, expected it to stay as it is")
 
@@ -248,7 +247,7 @@ Examples = list[tuple[Row, Encoded]]
 
 
 def _encode(
-    batch: list[Row], tokenizer: Tokenizer, limits: tuple[int, str, int], bar: tqdm
+    batch: list[Row], tokenizer: Tokenizer, limits: tuple[int, str, int], progress: Progress
 ) -> tuple[Examples, list[str]]:
     """The examples of a batch of rows, and what is wrong with the others. `limits`: see `encode_rows`."""
     segments = [row.segments for row in batch if not row.error]
@@ -262,7 +261,7 @@ def _encode(
         else:
             too_long = f"no label is left within --max_length {limits[0]} tokens, expected a shorter row"
             errors.append(row.error or f"{row.where}: {too_long}")
-    bar.update(len(batch))
+    progress.update(len(batch))
     return examples, errors
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from llama.boundary.errors import UserError
+from llama.boundary.progress import Progress
 from llama.data.batches import deal, pack
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
@@ -58,7 +58,8 @@ def evaluate(
     mine = batches[process.rank :: process.world_size]
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, labels, right answers, examples
     predicted = {}
-    for part in tqdm(mine, desc="evaluating", unit=" batches", disable=not process.is_rank_zero, leave=False):
+    progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
+    for part in progress.over(mine):
         batch = pack(data, part, process.device)
         right = 0
         if words is None:

@@ -3,20 +3,23 @@
 import json
 import platform
 import resource
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
+from llama import __version__
 from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError
+from llama.boundary.progress import Progress, say
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
 from llama.storage.checkpoint import set_aside
-from llama.training.curve import draw_loss_curve
+from llama.training.curve import Curve, Picture, name_of
 from llama.training.journal import Journal
 from llama.training.plan import BEGUN, Plan
 from llama.training.settings import TrainingSettings
@@ -28,17 +31,29 @@ class Report:
     def __init__(self, settings: TrainingSettings, plan: Plan, process: Process):
         self.settings, self.plan, self.process = settings, plan, process
         self.journal: Journal | None = None  # on rank 0, once the run has begun
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None  # from the first step on
+        self.picture = Picture(plan.output / "loss.png", self.say)
+        self.answers = 0  # how many answers there are to choose from
 
     def say(self, text: str) -> None:
         if self.process.is_rank_zero:
-            tqdm.write(text)  # a print that leaves a progress bar whole
+            say(text)
 
-    def progress_bar(self) -> tqdm:
-        """Show how many steps are done, until the bar is closed."""
-        first, steps = self.plan.first_step, self.plan.steps
-        self.bar = tqdm(total=steps, initial=first, unit=" steps", disable=not self.process.is_rank_zero)
-        return self.bar
+    @contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        """Show how many steps are done. If the run stops before its last step, draw the curve up to there."""
+        first, steps, silent = self.plan.first_step, self.plan.steps, not self.process.is_rank_zero
+        with Progress("training", "steps", steps, first, silent, leave=True) as self.progress:
+            try:
+                yield
+            except (UserError, SystemExit):
+                self._draw(is_last=True)
+                raise
+
+    def _draw(self, is_last: bool = False) -> None:
+        if self.journal:
+            lines, on_prompts = self.journal.lines, self.settings.train_on_prompt
+            self.picture.draw(Curve(name_of(self.plan.identity), lines, self.answers, on_prompts), is_last)
 
     def begin(self, model: nn.Module, examples: dict, notes: list[str]) -> None:
         """Save and print what this run is, with every default resolved. `examples` are counts of the data, `notes` what
@@ -52,9 +67,14 @@ class Report:
                     self.say(f"{moved}: set aside, it was after step {self.plan.first_step}")
             (output / "summary.json").unlink(missing_ok=True)  # of a finished run that now goes on
             resolved = self._resolved_settings()
+            self.answers = examples["answers"]
             imbalance = self.plan.schedule.imbalance(self.process.world_size)
             about = {
+                "version": __version__,
                 "settings": resolved,
+                "identity": self.plan.identity,
+                "ranks": self.process.world_size,
+                "device": self.process.device.type,
                 "examples": examples | {"imbalance": round(imbalance, 5)},
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
@@ -65,23 +85,25 @@ class Report:
                 self.process.store.set(BEGUN, "")
 
     def _resolved_settings(self) -> dict:
-        identity = self.plan.identity
-        resolved = asdict(self.settings)
-        resolved |= {name: identity[name] for name in ("template", "dtype", "steps", "global_batch")}
-        resolved |= {f"lora_{name}": value for name, value in (identity["lora"] or {}).items()}
-        return resolved | {
-            "bundled_sample": identity["bundled_sample"],
-            "output": str(self.plan.output),
-            "ranks": self.process.world_size,
-            "device": self.process.device.type,
-        }
+        """The flags that lead to this run, with nothing left to a default."""
+        dtype = str(self.plan.dtype).removeprefix("torch.")
+        chosen = {"template": self.plan.identity["template"], "dtype": dtype, "output": str(self.plan.output)}
+        return asdict(self.settings) | chosen
 
     def _introduce(self, model: nn.Module, resolved: dict, notes: list[str], imbalance: float) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         packed = bytes_per_weight(model)
         packed_text = f"; frozen linears at {packed:.3f} bytes a weight" if packed else ""
         self.say(f"{trained:,} trainable parameters{packed_text}")
-        self.say(" ".join(f"{name}={value}" for name, value in resolved.items() if value is not None))
+        defaults = {entry.name: entry.default for entry in fields(self.settings)}
+        self.say("settings that differ from their defaults (run.json has all):")
+        for name, value in resolved.items():
+            if value != defaults[name]:
+                self.say(f"  {name:28} {value}")
+        self.say(
+            f"{self.plan.steps} steps of {self.plan.identity['global_batch']} examples or packs, on "
+            f"{self.process.world_size} ranks ({self.process.device.type})"
+        )
         for note in notes:
             self.say(note)
         self.say(f"the rank with the most tokens has {imbalance:.2%} more than the mean")
@@ -108,11 +130,13 @@ class Report:
 
     def step(self, done: int, loss: float, norm: float, rate: float, counts: dict) -> None:
         """A line for an optimizer step; `counts` are its examples, tokens, labels and seconds."""
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        seconds = counts["seconds"]
+        speed, memory = counts["tokens"] / seconds, peak_memory(self.process.device)
+        self.progress.update(
+            facts=f"loss {loss:.4g}, rate {rate:.3g}, {speed:,.0f} tokens/s, {memory / 1e9:.3g} GB"
+        )
         if done % self.settings.log_every and done != self.plan.steps:
             return
-        seconds = counts["seconds"]
         self.write(
             step=done,
             loss=loss,
@@ -121,15 +145,19 @@ class Report:
             tokens=counts["tokens"],
             labels=counts["labels"],
             examples_per_second=counts["examples"] / seconds,
-            tokens_per_second=counts["tokens"] / seconds,
-            peak_memory_bytes=peak_memory(self.process.device),
+            tokens_per_second=speed,
+            peak_memory_bytes=memory,
             seconds=seconds,
         )
 
     def held_out(self, step: int, metrics: dict) -> dict:
         """A line for an evaluation on held-out data. Returns the metrics."""
         if metrics:
+            if self.progress:
+                self.progress.tell()
             self.write(step=step, held_out=metrics)
+            if step != self.plan.steps:  # `finish` draws the last one
+                self._draw()
         if metrics or step == 0:
             when = f"step {step}" if step else "before training"
             self.say(f"{when}: {in_words(metrics)}")
@@ -174,9 +202,7 @@ class Report:
                 "before": before,
                 "after": after,
             }
-            sample = " (bundled sample)" if identity["bundled_sample"] else ""
-            title = f"{identity['model']} on {identity['data']}{sample}"
-            draw_loss_curve(self.journal.lines, output / "loss.png", title)
+            self._draw(is_last=True)
             replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: the run is over
         self.say(f"before: {in_words(before)}\nafter:  {in_words(after)}")
         self.say(
