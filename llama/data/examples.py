@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llama.boundary.errors import UserError, as_user_error, printable
+from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.progress import Progress
 from llama.data.cache import cached, digest
 from llama.data.chat import Renderer

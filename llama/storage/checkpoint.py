@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from llama import __version__
 from llama.boundary.durable import sync, write_durably
 from llama.boundary.errors import one_line
 from llama.parallel.collectives import fail_together, is_rank_zero
@@ -63,7 +64,7 @@ class Saver:
             parts[stem] = {name: Part.of(tensor) for name, tensor in named.items()}
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         finite = {name: value for name, value in held_out.items() if math.isfinite(value)}
-        manifest = Manifest(step, ranks, identity, dict(totals), finite, {})
+        manifest = Manifest(step, ranks, identity, dict(totals), finite, {}, __version__)
         if not self.in_background:
             _write(self.folder, parts, manifest, self.keep)
             return

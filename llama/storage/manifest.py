@@ -32,7 +32,8 @@ class Manifest:
     """What a checkpoint says of itself.
 
     `identity` is what a run must share to continue from here; `totals` what the run has counted so far; `held_out` its
-    metrics on held-out data at this step (empty: not measured); `files` size and digest of each file.
+    metrics on held-out data at this step (empty: not measured); `files` size and digest of each file; `version` that of
+    the code that wrote it (empty: before versions were counted).
     """
 
     step: int = setting(at_least=0)
@@ -41,6 +42,7 @@ class Manifest:
     totals: dict = setting()
     held_out: dict = setting()
     files: dict = setting()
+    version: str = setting("")
 
     def __post_init__(self):
         for file in self.files.values():
@@ -55,6 +57,7 @@ class Manifest:
     def to_text(self) -> str:
         """The content of manifest.json, which holds a digest of itself. There the identity is called `settings`."""
         content = {
+            "version": self.version,
             "step": self.step,
             "ranks": self.ranks,
             "settings": self.identity,
@@ -131,7 +134,7 @@ def best(found: list[Path]) -> Path | None:
 
 
 def compare(path: Path, saved: dict, identity: dict, allowed: str = "") -> None:
-    """Raises UserError, naming each difference, where a run's identity is not that of the checkpoint.
+    """Raises UserError, naming each difference and the way out, where a run's identity is not that of the checkpoint.
 
     `allowed`: names of settings, with commas, that may differ.
     """
@@ -141,12 +144,23 @@ def compare(path: Path, saved: dict, identity: dict, allowed: str = "") -> None:
         raise UserError(
             f"--allow_changed {','.join(sorted(unknown))!r:.100}: expected names among {', '.join(sorted(identity))}"
         )
-    differing = []
-    for name in sorted((saved.keys() | identity.keys()) - tolerated):
-        if saved.get(name) != identity.get(name):
-            differing.append(f"{name} was {saved.get(name)!r:.200}, is {identity.get(name)!r:.200}")
-    if differing:
-        raise UserError(f"{path}: made with other settings: {'; '.join(differing)}")
+    found = differences(saved, identity)
+    if found.keys() - tolerated:
+        told = "; ".join(text for name, text in found.items() if name not in tolerated)
+        names = ",".join(sorted(found.keys() | tolerated))
+        raise UserError(
+            f"{path}: made with other settings: {told}; to go on with the new ones, add --allow_changed {names}; or "
+            "give the old ones, or start a new run in another --output without --resume"
+        )
+
+
+def differences(saved: dict, identity: dict) -> dict[str, str]:
+    """{name: "NAME was X, is Y"} for each name whose value is not the same in both."""
+    return {
+        name: f"{name} was {saved.get(name)!r:.200}, is {identity.get(name)!r:.200}"
+        for name in sorted(saved.keys() | identity.keys())
+        if saved.get(name) != identity.get(name)
+    }
 
 
 def verify(path: Path, manifest: Manifest) -> None:

@@ -273,7 +273,8 @@ def main() -> None:
     output = asked.output or (asked.run[0] / "loss.png" if len(asked.run) == 1 else Path("runs.png"))
     curves = [read_curve(folder) for folder in asked.run]
     if len(curves) > 1:  # they may train the same model on the same data
-        curves = [replace(curve, name=f"{folder.name}: {curve.name}") for folder, curve in zip(asked.run, curves, strict=True)]
+        named = zip(asked.run, curves, strict=True)
+        curves = [replace(curve, name=f"{folder.name}: {curve.name}") for folder, curve in named]
     with as_user_error(f"--output {output}"):
         draw(curves, output)
     print(f"{output}: {'; '.join(curve.title for curve in curves)}")

@@ -102,13 +102,17 @@ def _choose_run(
     if not saved:
         if resume and ((output / "model").exists() or (output / "adapter").exists()):
             raise UserError(
-                f"--resume: {output} has a result but no checkpoint to continue from, and a new start would replace it"
+                f"--resume: {output} has a result but no checkpoint to continue from, and a new start would replace "
+                "it; start a new run in another --output without --resume"
             )
         return output, None, None
     manifest = read_manifest(saved)
     compare(saved, manifest.identity, identity, settings.allow_changed)
     if manifest.step > identity["steps"]:
-        raise UserError(f"{saved}: is after step {manifest.step}, but this run has only {identity['steps']} steps")
+        raise UserError(
+            f"{saved}: is after step {manifest.step}, but this run has only {identity['steps']} steps; expected "
+            "more --epochs or --max_steps, or an earlier checkpoint by --resume step-N"
+        )
     wrong = COUNTS ^ manifest.totals.keys()
     if wrong:
         raise UserError(f"{saved}: its manifest has other counts than {', '.join(sorted(COUNTS))}: {min(wrong)}")

@@ -19,8 +19,10 @@ from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
 from llama.storage.checkpoint import set_aside
+from llama.storage.manifest import differences
 from llama.training.curve import Curve, Picture, name_of
 from llama.training.journal import Journal
+from llama.training.optim import learning_rate
 from llama.training.plan import BEGUN, Plan
 from llama.training.settings import TrainingSettings
 
@@ -79,8 +81,8 @@ class Report:
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
             replace_durably(output / "run.json", json.dumps(about, indent=2) + "\n")
-            self._introduce(model, resolved, notes, imbalance)
             self.journal = Journal(output, self.plan.first_step)
+            self._introduce(model, resolved, notes, imbalance)
             if self.process.store:
                 self.process.store.set(BEGUN, "")
 
@@ -112,6 +114,22 @@ class Report:
         if self.settings.resume or self.plan.saved:
             lacking = "" if self.plan.saved else " (it has no checkpoint)"
             self.say(f"resuming after step {self.plan.first_step} of {self.plan.steps} in {self.plan.output}{lacking}")
+        if self.plan.saved:
+            self._tell_what_changed()
+
+    def _tell_what_changed(self) -> None:
+        """What --allow_changed let through, and what it does to the learning rate, which is a function of the step."""
+        first, steps, chosen = self.plan.first_step, self.plan.steps, self.settings
+        changed = differences(self.plan.manifest.identity, self.plan.identity)
+        if changed:
+            self.say(f"changed since then: {'; '.join(changed.values())}")
+        earlier = [line for line in self.journal.lines if "learning_rate" in line]
+        if earlier and first < steps and changed.keys() & {"steps", "learning_rate", "lr_schedule", "warmup_ratio"}:
+            rate = learning_rate(first, steps, chosen.learning_rate, chosen.lr_schedule, chosen.warmup_ratio)
+            self.say(
+                f"the learning rate follows the schedule over all {steps} steps: it is {rate:.3g} in step {first + 1} "
+                f"and was {earlier[-1]['learning_rate']:.3g} in step {earlier[-1]['step']}"
+            )
 
     def write(self, **line) -> None:
         """Add a line to metrics.jsonl. If the disk refuses it, the next `check` raises."""

@@ -19,7 +19,7 @@ def choose_folder(wanted: str | None, default: str, resume: bool) -> Path:
         return next(Path(name) for name in names if _make(Path(name), exist_ok=False))
     existing = [name for name in names if Path(name).exists()]
     if not Path(default).exists():
-        raise UserError(f"--resume: there is no run to continue at {default}")
+        raise UserError(f"--resume: there is no run to continue at {default}; start one without --resume")
     return _holding_a_run(Path(existing[-1]))
 
 
@@ -37,7 +37,7 @@ def _wanted_folder(folder: Path, resume: bool) -> Path:
 
 def _holding_a_run(folder: Path) -> Path:
     if not (folder / "run.json").is_file():
-        raise UserError(f"--resume: {folder} holds no run (no run.json)")
+        raise UserError(f"--resume: {folder} holds no run (no run.json); start one without --resume")
     return folder
 
 

@@ -65,9 +65,9 @@ def test_only_a_run_of_ours_is_resumed(default, tmp_path):
     (tmp_path / "photos" / "cat.png").write_text("meow")
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "photos", "file"):
-        with pytest.raises(UserError, match=rf"^--resume: .*{name} holds no run \(no run.json\)$"):
+        with pytest.raises(UserError, match=rf"^--resume: .*{name} holds no run \(no run.json\); start one w"):
             choose_folder(str(tmp_path / name), default, resume=True)
-    with pytest.raises(UserError, match="^--resume: there is no run to continue at .*imdb-tiny$"):
+    with pytest.raises(UserError, match="^--resume: there is no run to continue at .*imdb-tiny; start one with"):
         choose_folder(None, default, resume=True)
     run_in(Path(default))
     Path(f"{default}-2").mkdir()

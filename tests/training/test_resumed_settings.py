@@ -1,0 +1,113 @@
+"""A resumed run with other settings: refused with the way out in one line, or told what becomes of the run."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from runs import refused, steps_of, summary_of, train_here, write_reviews
+
+import llama
+from llama.boundary.errors import UserError
+from llama.storage.manifest import compare, published, read_manifest
+from llama.training.optim import learning_rate
+from llama.training.settings import IDENTITY, TrainingSettings
+
+# Settings that do not stand in the identity themselves, because what they decide does, under another name.
+HELD_BY_WHAT_THEY_DECIDE = {
+    "dtype": "dtype", "template": "template", "max_steps": "steps", "batch_size": "global_batch",
+    "gradient_accumulation_steps": "global_batch", "data_dir": "fingerprint", "test_fraction": "fingerprint",
+    "skip_bad_rows": "fingerprint", "lora_rank": "lora", "lora_alpha": "lora", "lora_dropout": "lora",
+    "lora_targets": "lora", "lora_variant": "lora",
+}  # fmt: skip
+# Settings that change no number of a run: where it computes, what it tells and what it keeps.
+FREE = {
+    "sharding", "cpu_offload", "defer_gradient_sync", "activation_checkpointing", "compile", "output", "eval_every",
+    "eval_limit", "save_every", "async_save", "keep_checkpoints", "resume", "allow_changed", "log_every",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_reviews(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings(data: Path, out: Path, **changes) -> TrainingSettings:
+    chosen = dict(data=str(data), output=str(out), epochs=2.0, batch_size=4, max_length=192, dtype="float32",
+                  eval_limit=4, learning_rate=1e-3, eval_every=0)
+    return TrainingSettings(**(chosen | changes)).with_recipe(1)
+
+
+def test_every_setting_is_held_by_a_resume_or_known_to_change_nothing():
+    """R7: a new setting must be put into one of the three lists."""
+    names = {entry.name for entry in fields(TrainingSettings)}
+    sorted_names = [*IDENTITY, *HELD_BY_WHAT_THEY_DECIDE, *FREE]
+    assert len(sorted_names) == len(set(sorted_names)) and set(sorted_names) == names
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_a_resume_names_the_one_setting_that_differs_and_how_to_allow_it(name):
+    """R7: the warm-up as any other."""
+    values = asdict(TrainingSettings(model="one"))
+    saved = TrainingSettings.identity(SimpleNamespace(**values), "base", None, {})
+    now = TrainingSettings.identity(SimpleNamespace(**values | {name: "other"}), "base", None, {})
+    with pytest.raises(UserError) as error:
+        compare(Path("step-000001"), saved, now)
+    told = str(error.value)
+    assert f"settings: {name} was {values[name]!r}, is 'other'; to go on" in told
+    assert f"add --allow_changed {name};" in told and "another --output" in told and "\n" not in told
+    compare(Path("step-000001"), saved, now, allowed=name)
+
+
+def test_the_way_out_lists_what_is_allowed_already_and_what_is_still_missing():
+    """One try is enough."""
+    saved, now = {"epochs": 1, "steps": 5, "seed": 0}, {"epochs": 2, "steps": 10, "seed": 0}
+    with pytest.raises(UserError, match="--allow_changed epochs,steps;"):
+        compare(Path("x"), saved, now)
+    with pytest.raises(UserError, match="settings: steps was 5, is 10; .*--allow_changed epochs,steps;"):
+        compare(Path("x"), saved, now, allowed="epochs")
+    with pytest.raises(UserError, match="'lr': expected names among epochs, seed, steps"):
+        compare(Path("x"), saved, now, allowed="lr")
+
+
+def told_by(cache: Path, chosen: TrainingSettings) -> str:
+    with redirect_stdout(io.StringIO()) as told:
+        train_here(cache, chosen)
+    return told.getvalue()
+
+
+def test_a_finished_run_trains_longer_on_the_schedule_of_all_its_steps(ranks, data, cache, tmp_path):
+    """R7: the refusal names the whole flag; then the rate jumps to that of the longer schedule, and the run says so."""
+    out = tmp_path / "out"
+    ranks(1, train_here, cache, settings(data, out, warmup_ratio=0.0))
+    longer = partial(settings, data, out, epochs=4.0, resume="newest")
+    (told,) = ranks(1, refused, cache, longer(warmup_ratio=0.5))
+    assert "epochs was 2.0, is 4.0; steps was 6, is 12; warmup_ratio was 0.0, is 0.5" in told
+    assert "add --allow_changed epochs,steps,warmup_ratio;" in told
+    (told,) = ranks(1, told_by, cache, longer(warmup_ratio=0.0, allow_changed="epochs,steps"))
+    assert "changed since then: epochs was 2.0, is 4.0; steps was 6, is 12\n" in told
+    assert "rate follows the schedule over all 12 steps: it is 0.000486 in step 7 and was 0.0001 in step 6\n" in told
+    rates = [line["learning_rate"] for line in steps_of(out)]
+    first = [learning_rate(step, 6, 1e-3, "cosine", 0.0) for step in range(6)]
+    assert rates == first + [learning_rate(step, 12, 1e-3, "cosine", 0.0) for step in range(6, 12)]
+    assert summary_of(out)["steps"] == 12 and summary_of(out)["examples"] == 48
+
+
+def test_run_json_and_the_manifest_say_which_version_wrote_them(ranks, data, cache, tmp_path):
+    out = tmp_path / "out"
+    ranks(1, train_here, cache, settings(data, out, max_steps=1))
+    about, manifest = json.loads((out / "run.json").read_text()), read_manifest(published(out / "checkpoints")[0])
+    assert about["version"] == manifest.version == llama.__version__ == "0.1.0"
+    assert about["identity"] == manifest.identity
+    flags = {entry.name for entry in fields(TrainingSettings)}
+    assert about["settings"].keys() == flags and about["settings"]["template"] == "imdb"
+    assert TrainingSettings(**about["settings"]).with_recipe(1) == TrainingSettings(**about["settings"])
