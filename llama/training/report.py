@@ -21,10 +21,11 @@ from llama.parallel.processes import Process
 from llama.storage.checkpoint import set_aside
 from llama.storage.manifest import differences
 from llama.training.curve import Curve, Picture, name_of
-from llama.training.journal import Journal
+from llama.training.journal import Journal, read_metrics
 from llama.training.optim import learning_rate
 from llama.training.plan import BEGUN, Plan
 from llama.training.settings import TrainingSettings
+from llama.training.tracking import Tracker
 
 
 class Report:
@@ -35,6 +36,7 @@ class Report:
         self.journal: Journal | None = None  # on rank 0, once the run has begun
         self.progress: Progress | None = None  # from the first step on
         self.picture = Picture(plan.output / "loss.png", self.say)
+        self.tracker: Tracker | None = None
         self.answers = 0  # how many answers there are to choose from
 
     def say(self, text: str) -> None:
@@ -49,13 +51,16 @@ class Report:
             try:
                 yield
             except (UserError, SystemExit):
-                self._draw(is_last=True)
+                self._show(is_last=True)
                 raise
 
-    def _draw(self, is_last: bool = False) -> None:
+    def _show(self, is_last: bool = False) -> None:
+        """Draw the lines of metrics.jsonl up to now; at the end of the run also let the tracker finish."""
         if self.journal:
             lines, on_prompts = self.journal.lines, self.settings.train_on_prompt
             self.picture.draw(Curve(name_of(self.plan.identity), lines, self.answers, on_prompts), is_last)
+        if self.tracker and is_last:
+            self.tracker.finish()
 
     def begin(self, model: nn.Module, examples: dict, notes: list[str]) -> None:
         """Save and print what this run is, with every default resolved. `examples` are counts of the data, `notes` what
@@ -81,8 +86,11 @@ class Report:
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
             replace_durably(output / "run.json", json.dumps(about, indent=2) + "\n")
+            earlier = read_metrics(output / "metrics.jsonl")
             self.journal = Journal(output, self.plan.first_step)
             self._introduce(model, resolved, notes, imbalance)
+            if self.settings.track != "none":
+                self._track(resolved, earlier)
             if self.process.store:
                 self.process.store.set(BEGUN, "")
 
@@ -91,6 +99,12 @@ class Report:
         dtype = str(self.plan.dtype).removeprefix("torch.")
         chosen = {"template": self.plan.identity["template"], "dtype": dtype, "output": str(self.plan.output)}
         return asdict(self.settings) | chosen
+
+    def _track(self, resolved: dict, earlier: list[dict]) -> None:
+        first_step = self.plan.first_step
+        self.tracker = Tracker(self.settings.track, self.plan.output, resolved, first_step, earlier, self.say)
+        for line in self.journal.lines:
+            self.tracker.log(line)
 
     def _introduce(self, model: nn.Module, resolved: dict, notes: list[str], imbalance: float) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -135,6 +149,8 @@ class Report:
         """Add a line to metrics.jsonl. If the disk refuses it, the next `check` raises."""
         if self.journal:
             self.journal.write(**line)
+        if self.tracker:
+            self.tracker.log(line)
 
     @property
     def failed(self) -> bool:
@@ -175,7 +191,7 @@ class Report:
                 self.progress.tell()
             self.write(step=step, held_out=metrics)
             if step != self.plan.steps:  # `finish` draws the last one
-                self._draw()
+                self._show()
         if metrics or step == 0:
             when = f"step {step}" if step else "before training"
             self.say(f"{when}: {in_words(metrics)}")
@@ -220,7 +236,7 @@ class Report:
                 "before": before,
                 "after": after,
             }
-            self._draw(is_last=True)
+            self._show(is_last=True)
             replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: the run is over
         self.say(f"before: {in_words(before)}\nafter:  {in_words(after)}")
         self.say(

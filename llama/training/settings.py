@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llama.boundary.choices import ADAPTER_VARIANTS, ALL_LINEAR, LARGEST_RANK, OPTIMIZERS, QUANTIZED, SCHEDULES
 from llama.boundary.records import Settings, setting
 from llama.data.sources import DataSettings
+from llama.training.tracking import TRACKERS, is_installed
 
 if TYPE_CHECKING:  # it imports torch, and --help must not wait for that
     from llama.storage.peft import Adapter
@@ -155,6 +156,7 @@ class WhatToKeep(Settings):
         "settings that may differ from those of the checkpoint, with commas; the error message of --resume lists them",
     )
     log_every: int = setting(1, "write every Nth step to metrics.jsonl", at_least=1)
+    track: str = setting("none", "also show metrics.jsonl in this tracker, whose package you install", choices=TRACKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
                 self.resume is None or bool(re.fullmatch(r"newest|step-\d{1,9}", self.resume)),
             ),
             ("allow_changed", "--resume with it", not self.allow_changed or self.resume is not None),
+            ("track", f"its package to be installed: pip install {self.track}", is_installed(self.track)),
         ]
 
     def _is_default(self, name: str) -> bool:

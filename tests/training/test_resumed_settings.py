@@ -28,6 +28,7 @@ HELD_BY_WHAT_THEY_DECIDE = {
 FREE = {
     "sharding", "cpu_offload", "defer_gradient_sync", "activation_checkpointing", "compile", "output", "eval_every",
     "eval_limit", "save_every", "async_save", "keep_checkpoints", "resume", "allow_changed", "log_every",
+    "track",
 }  # fmt: skip
 
 
