@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from llama.boundary.config_file import flags_from
 from llama.boundary.errors import UserError, printable
 from llama.boundary.launch import is_local_rank_zero, refuse_copies, tell_torchrun
 from llama.boundary.records import described_range, kind_of
@@ -80,14 +81,19 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
             group = parser.add_argument_group(owner.__doc__.splitlines()[0])
         for name in names:
             _add_flag(group, entries.pop(name))
-    return settings(**vars(parser.parse_args(argv)))
+    found = parser.parse_args(argv)
+    if getattr(found, "config", None):  # the flags of a file, where the command line does not say otherwise
+        parser.set_defaults(**flags_from(Path(found.config), settings))
+        found = parser.parse_args(argv)
+    return settings(**vars(found))
 
 
 def _add_flag(group, entry: Field) -> None:
     kind = kind_of(entry)
     help_text = entry.metadata["help"].replace("%", "%%")
-    if kind is bool:
-        group.add_argument(f"--{entry.name}", action="store_true", help=help_text)
+    if kind is bool:  # --compile, or --compile false, against a --config that says true
+        options = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
+        group.add_argument(f"--{entry.name}", type=true_or_false, help=help_text, **options)
         return
     required = entry.default is MISSING
     notes = [described_range(entry.metadata)]
@@ -112,6 +118,12 @@ def announce(notes: Iterable[str]) -> None:
     for note in notes:
         if is_local_rank_zero():
             print(printable(note), file=sys.stderr, flush=True)
+
+
+def true_or_false(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected nothing, true or false, found {word!r:.40}")
+    return word == "true"
 
 
 def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None:

@@ -74,6 +74,9 @@ def expected_instead(entry: Field, value: Any) -> str:
     accepted = int | float if kind is float else kind
     if kind in TYPE_NAMES and (not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool)):
         return TYPE_NAMES[kind] + (f", {range_text}" if range_text else "")
+    choices = entry.metadata.get("choices")
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
     if kind in (int, float) and not in_range(value, entry.metadata):
         if isinstance(value, int) and abs(value) > LARGEST and "at_most" not in entry.metadata:
             return f"{range_text or 'a number'}, of at most 64 bits"

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from llama import __version__
 from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress, say
+from llama.boundary.untrusted import read_json
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
@@ -123,6 +125,8 @@ class Report:
         for note in notes:
             self.say(note)
         self.say(f"the rank with the most tokens has {imbalance:.2%} more than the mean")
+        if self.settings.config:
+            self._compare_with_replayed(Path(self.settings.config))
         for left_over in sorted((self.plan.output / "checkpoints").glob("step-*.tmp")):
             self.say(f"{left_over}: was not finished, and is left out")
         if self.settings.resume or self.plan.saved:
@@ -130,6 +134,13 @@ class Report:
             self.say(f"resuming after step {self.plan.first_step} of {self.plan.steps} in {self.plan.output}{lacking}")
         if self.plan.saved:
             self._tell_what_changed()
+
+    def _compare_with_replayed(self, path: Path) -> None:
+        """Whether this is the same run as that of a run.json: with other data, ranks or flags it may not be."""
+        identity = read_json(path.parent, path.name).get("identity")
+        if isinstance(identity, dict):
+            changed = "; ".join(differences(identity, json.loads(json.dumps(self.plan.identity))).values())
+            self.say(f"{path}: {f'this run differs: {changed}' if changed else 'this is the same run again'}")
 
     def _tell_what_changed(self) -> None:
         """What --allow_changed let through, and what it does to the learning rate, which is a function of the step."""

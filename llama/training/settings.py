@@ -127,6 +127,9 @@ class WhereToTrain(Settings):
 class WhatToKeep(Settings):
     """what to keep"""
 
+    config: str | None = setting(
+        None, "take flags from this JSON file, a run.json or one of recipes/; flags given here count more"
+    )
     output: str | None = setting(None, "the run's folder; else runs/DATA-MODEL, or the next free number of it")
     eval_every: int | None = setting(
         None, "evaluate every N steps; 0: only before and after; for tiny its recipe's", at_least=0

@@ -168,7 +168,7 @@ TRAINING_FLAGS = DATA_FLAGS + """
     learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
     dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
     output eval_every eval_limit save_every save_minutes async_save keep_checkpoints
-    resume allow_changed log_every
+    resume allow_changed log_every track config
 """
 MERGING_FLAGS = "model adapter output quantize dtype"
 EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"

@@ -29,6 +29,7 @@ FREE = {
     "sharding", "cpu_offload", "defer_gradient_sync", "activation_checkpointing", "compile", "output", "eval_every",
     "eval_limit", "save_every", "async_save", "keep_checkpoints", "resume", "allow_changed", "log_every",
     "track",
+    "config",
 }  # fmt: skip
 
 
