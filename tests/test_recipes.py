@@ -105,19 +105,19 @@ def test_a_recipe_starts_with_another_model_and_data(ranks, path, model, data, t
 @pytest.mark.slow
 def test_the_laptop_recipe_learns_and_its_run_json_gives_the_same_run_again(model, data, tmp_path):
     """As a command, on reviews of six words; then replayed from its own run.json, bit for bit."""
-    changes = ["--model", model, "--data", data, "--learning_rate", "1e-2", "--max_steps", "30",
-               "--epochs", "20", "--max_length", "192"]
+    changes = ["--model", model, "--data", data, "--learning_rate", "1e-2", "--max_steps", "8", "--epochs", "20",
+               "--max_length", "192"]
     done = run_command("--config", ROOT / "recipes/classifier-laptop.json", *changes, "--output", "first",
                        cwd=tmp_path, cache=tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert summary_of(tmp_path / "first")["after"]["accuracy"] >= 0.75  # and 0.5 before
+    assert summary_of(tmp_path / "first")["after"]["loss"] < summary_of(tmp_path / "first")["before"]["loss"] / 2
     done = run_command("--config", "first/run.json", "--output", "again", cwd=tmp_path, cache=tmp_path / "cache")
     assert done.returncode == 0 and "first/run.json: this is the same run again" in done.stdout, done.stderr
     about = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("first", "again")]
     assert about[0]["identity"] == about[1]["identity"]
     losses = [[(line["step"], line["loss"]) for line in lines_of(tmp_path / name) if "loss" in line]
               for name in ("first", "again")]  # fmt: skip
-    assert losses[0] == losses[1] and len(losses[0]) == 30
+    assert losses[0] == losses[1] and len(losses[0]) == 8
     done = run_command("--config", "first/run.json", "--seed", 1, "--max_steps", 1, "--output", "other", cwd=tmp_path,
                        cache=tmp_path / "cache")  # fmt: skip
-    assert "first/run.json: this run differs: seed was 0, is 1; steps was 30, is 1" in done.stdout
+    assert "first/run.json: this run differs: seed was 0, is 1; steps was 8, is 1" in done.stdout
