@@ -22,6 +22,7 @@ from torch import Tensor
 from llama.boundary.durable import sync, write_durably
 from llama.boundary.errors import UserError, first_few, one_line
 from llama.boundary.foreign import refuse_foreign_file
+from llama.boundary.progress import Progress
 from llama.boundary.untrusted import inside
 from llama.parallel.collectives import fail_together, is_rank_zero, wait_until_visible
 from llama.parallel.shards import Part, local_slice
@@ -79,7 +80,8 @@ def read_tensors(
         sinks[name] = target if isinstance(target, Sink) else Sink.of(target)
     with ExitStack() as stack:
         found = _matching(sinks, folder, stem, allow_unexpected, stack)
-        for name, sink in sinks.items():
+        progress = Progress(f"reading {folder}", f"tensors of {stem}", len(sinks), silent=not is_rank_zero())
+        for name, sink in progress.over(sinks.items()):
             _read_part(found[name], sink)
 
 
