@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -11,17 +11,19 @@ SECONDS_BETWEEN_LINES = 30
 Item = TypeVar("Item")
 
 
-def say(text: str) -> None:
-    """Print a line at once, and leave a bar whole."""
-    tqdm.write(text)
-    sys.stdout.flush()  # a log is otherwise written in blocks, minutes late
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, and leave a bar whole. To stdout, unless another stream is given."""
+    stream = stream or sys.stdout
+    tqdm.write(text, file=stream)
+    stream.flush()  # a log is otherwise written in blocks, minutes late
 
 
 class Progress:
     """Counts what is done of some long work. Use it as a context manager.
 
-    Where stderr is a terminal, a bar is shown there. Where stderr or stdout is not, a line is printed to stdout every
-    30 seconds. `silent`: nothing is shown. `leave`: the bar stays on the screen at the end.
+    Where stderr is a terminal, a bar is shown there; where it is not, a line every 30 seconds. `silent`: nothing.
+    `is_main`: this is what the program is for. Then the bar stays on the screen, and the lines go to stdout, also where
+    only that is not a terminal. Other work keeps to stderr: stdout may be somebody's JSON.
     """
 
     def __init__(
@@ -31,14 +33,15 @@ class Progress:
         total: int | None = None,
         first: int = 0,
         silent: bool = False,
-        leave: bool = False,
+        is_main: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         on_terminal = sys.stderr.isatty()
         self.what, self.unit, self.total, self.first, self.clock = what, unit, total, first, clock
-        self.in_lines = not silent and not (on_terminal and sys.stdout.isatty())
+        self.is_main = is_main
+        self.in_lines = not silent and not (on_terminal and (sys.stdout.isatty() or not is_main))
         self.bar = tqdm(
-            desc=what, total=total, initial=first, unit=f" {unit}", disable=silent or not on_terminal, leave=leave
+            desc=what, total=total, initial=first, unit=f" {unit}", disable=silent or not on_terminal, leave=is_main
         )
         self.done = first
         self.facts = ""
@@ -63,7 +66,7 @@ class Progress:
         """Print a line now, if this is a log."""
         self.told = self.clock()
         if self.in_lines:
-            say(self.line())
+            say(self.line(), sys.stdout if self.is_main else sys.stderr)
 
     def line(self) -> str:
         """training: 120/329 steps, loss 0.69, 1:02 left"""

@@ -49,7 +49,7 @@ class Report:
     def progress_bar(self) -> Iterator[None]:
         """Show how many steps are done. If the run stops before its last step, draw the curve up to there."""
         first, steps, silent = self.plan.first_step, self.plan.steps, not self.process.is_rank_zero
-        with Progress("training", "steps", steps, first, silent, leave=True) as self.progress:
+        with Progress("training", "steps", steps, first, silent, is_main=True) as self.progress:
             try:
                 yield
             except (UserError, SystemExit):
