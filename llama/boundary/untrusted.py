@@ -10,19 +10,21 @@ from llama.boundary.foreign import refuse_foreign_content
 LARGEST_JSON = 64 * 2**20  # bytes; an index of a million tensors fits, a configuration is a thousand times smaller
 
 
-def inside(folder: Path, name: str, suffix: str) -> Path:
-    """The path of `folder/name` with links followed. Raises UserError unless it is a file inside this folder."""
+def inside(folder: Path, name: str, suffix: str, subfolder: str = "") -> Path:
+    """The path of this file with links followed. Raises UserError unless it is a file inside `folder`, in which
+    `subfolder` is."""
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(suffix):
         wanted = f"a plain *{suffix} file name" if suffix else "a plain file name"
         raise UserError(f"{folder}: names {first_few([name])}, expected {wanted}")
     home = Path(os.path.realpath(folder))
-    path = Path(os.path.realpath(folder / name))
+    where = folder / subfolder / name
+    path = Path(os.path.realpath(where))
     # The hub's cache stores contents in REPO/blobs and links to them from REPO/snapshots/REVISION.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (path.is_relative_to(home) or path.is_relative_to(blobs)):
-        raise UserError(f"{folder / name}: a link to {path}, expected a file inside the folder")
+        raise UserError(f"{where}: a link to {path}, expected a file inside the folder")
     if not os.path.isfile(path):
-        raise UserError(f"{str(folder / name):.300}: is missing or not a file, expected a file of this folder")
+        raise UserError(f"{str(where):.300}: is missing or not a file, expected a file of this folder")
     return path
 
 

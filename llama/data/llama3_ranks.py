@@ -42,7 +42,7 @@ def llama3_document(file: Path, data: bytes) -> tuple[dict, int]:
     spell = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document = {
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True},
-        "added_tokens": [{"content": token, "id": id} for token, id in control.items()],
+        "added_tokens": [{"content": token, "id": id, "special": True} for token, id in control.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, spell]},
         "post_processor": {
             "type": "TemplateProcessing",

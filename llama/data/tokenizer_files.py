@@ -7,34 +7,32 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.boundary.errors import UserError, first_few, reason
+from llama.boundary.errors import UserError, reason
 from llama.boundary.foreign import refuse_foreign_content
-from llama.boundary.untrusted import inside, read_json
+from llama.boundary.untrusted import inside
+from llama.data.added_tokens import AddedToken, Splitter, has_step
 from llama.data.llama3_ranks import llama3_document
-from llama.data.tokenizer import Tokenizer
+from llama.data.tokenizer import Tokenizer, TokenizerFacts
+from llama.data.tokenizer_folder import read_folder, read_settings
 
+USER_DEFINED = b"\x18\x04"  # the end of a serialised piece: field 3, its type, is 4
+CONTROL_TYPE = 3
 LARGEST_FILE = 512 * 2**20  # bytes; Llama 3's is 17 MB
-FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, control_tokens: str | None = None) -> Tokenizer:
     """The tokenizer in a folder (tokenizer.json, or else tokenizer.model), or in a file. The content of a .model file
-    decides between SentencePiece and tiktoken. Raises UserError for a file that is missing or damaged."""
+    decides between SentencePiece and tiktoken. Raises UserError for a file that is missing or damaged.
+
+    control_tokens: names with commas. Where a text spells one of these control tokens, it becomes that token.
+    """
     path = Path(path)
+    spelled = control_tokens.split(",") if control_tokens else []
     file = _find_file(path) if path.is_dir() else path
     try:
         if file.stat().st_size > LARGEST_FILE:
@@ -42,11 +40,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         data = file.read_bytes()
         refuse_foreign_content(file, data)
         if file.suffix == ".json":
-            return JsonTokenizer(path, file, json.loads(data))
+            return JsonTokenizer(path, file, json.loads(data), spelled)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # a token in base64, and its rank
             document, eos_id = llama3_document(file, data)
-            return JsonTokenizer(path, file, document, eos_id)
-        return SentencePieceTokenizer(path, file, data)
+            return JsonTokenizer(path, file, document, spelled, eos_id)
+        return SentencePieceTokenizer(path, file, data, spelled)
     except (UserError, ImportError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, the libraries raise errors of any class
@@ -62,23 +60,35 @@ def _find_file(folder: Path) -> Path:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, Kudo and Richardson 2018 (https://arxiv.org/abs/1808.06226)."""
+    """A SentencePiece model, Kudo and Richardson 2018 (https://arxiv.org/abs/1808.06226).
 
-    def __init__(self, path: Path, file: Path, model: bytes):
-        model = _markers_as_control(file, model)
+    User-defined pieces and added tokens are found as transformers does it: in the raw text, and without a dummy space
+    before or behind them.
+    """
+
+    def __init__(self, path: Path, file: Path, model: bytes, spelled: list[str]):
+        user_defined = _user_defined(file, model)
+        whole = SentencePieceProcessor(model_proto=model)
+        vocab = {whole.id_to_piece(id): id for id in range(whole.vocab_size())}
+        own = []
+        for piece, id in vocab.items():
+            special = whole.is_control(id) or whole.is_unknown(id)
+            if special or (piece in user_defined and "▁" not in piece):  # that stands for a space, in no raw text
+                own.append(AddedToken(piece, id, special))
+        ends = [id if id >= 0 else None for id in (whole.bos_id(), whole.eos_id())]
+        facts = read_folder(path, file, vocab, own, *ends, spelled)
+        legacy = bool(read_settings(file.parent).get("legacy"))
+        super().__init__(facts, Splitter(facts.in_texts, None, legacy) if facts.in_texts else None)
+
+        edited = bytearray(model)
+        for piece in user_defined.keys() & facts.control.keys():
+            edited[user_defined[piece]] = CONTROL_TYPE
+        model = bytes(edited)
         codec = SentencePieceProcessor(model_proto=model)
         # Fields that come twice in a protobuf message are merged. So six more bytes say that in normalizer_spec (field
         # 3) add_dummy_prefix (3) and remove_extra_whitespaces (4) are false. Release 0.2.3 has no method for it.
         continuing = SentencePieceProcessor(model_proto=model + b"\x1a\x04\x18\x00\x20\x00")
         self._codecs = {True: codec, False: continuing}
-        vocab = {codec.id_to_piece(id): id for id in range(codec.vocab_size())}
-        control = {}
-        for piece, id in vocab.items():
-            if codec.is_control(id) or codec.is_unknown(id):
-                control[piece] = id
-        bos_id = codec.bos_id() if codec.bos_id() >= 0 else None
-        eos_id = codec.eos_id() if codec.eos_id() >= 0 else None
-        super().__init__(path, *_with_neighbours(file, vocab, control, bos_id, eos_id))
 
     def _ids(self, texts: list[str], starts_text: bool) -> list[list[int]]:
         return self._codecs[starts_text].encode(texts)
@@ -89,22 +99,25 @@ class JsonTokenizer(Tokenizer):
 
     That library looks for added tokens in every text. Its switch `encode_special_tokens` exempts only tokens that are
     called special, and merges or `ignore_merges` can spell any token. So this class removes all control tokens from
-    the document before the library reads it.
+    the document before the library reads it, and a `Splitter` finds the other added tokens.
     """
 
-    def __init__(self, path: Path, file: Path, document: dict, eos_id: int | None = None):
+    def __init__(self, path: Path, file: Path, document: dict, spelled: list[str], eos_id: int | None = None):
         from tokenizers import Tokenizer as Codec
 
         model = document["model"]
-        added = document.get("added_tokens") or []
-        if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
-            raise UserError(f"{file}: a {model['type']} model, expected BPE without a subword prefix")
-        vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
-        bos_id = _template_bos(document.get("post_processor"))
-        super().__init__(path, *_with_neighbours(file, vocab, _control_tokens(added), bos_id, eos_id))
+        own = [AddedToken.read(token, token["id"]) for token in document.get("added_tokens") or []]
+        if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("dropout"):
+            raise UserError(f"{file}: a {model['type']} model, expected BPE without a subword prefix and dropout")
+        bos_id, behind = _template_ends(document.get("post_processor"))
+        facts = read_folder(path, file, model["vocab"], own, bos_id, eos_id, spelled)
+        if behind:
+            what = f"{file}: its post-processor puts the tokens {behind[:8]} behind a text"
+            facts.notes.append(f"{what}, which is not used: a template says where the end token comes")
+        super().__init__(facts, _splitter(document, facts, read_settings(file.parent)) if facts.in_texts else None)
 
-        control = {token for token, id in vocab.items() if id in self._control_ids}
-        starting = _without_tokens(document, control)
+        hidden = {*facts.control, *(token for token, id in model["vocab"].items() if id in self._control_ids)}
+        starting = _without_tokens(document, hidden)
         continuing = dict(starting)
         for step in ("normalizer", "pre_tokenizer", "decoder"):
             if starting.get(step):
@@ -119,79 +132,27 @@ class JsonTokenizer(Tokenizer):
         return [encoding.ids for encoding in batch]
 
 
-def _with_neighbours(
-    file: Path, vocab: dict[str, int], control: dict[str, int], bos_id: int | None, eos_id: int | None
-) -> tuple:
-    """(files, vocab_size, control, bos_id, eos_id) of a tokenizer: what its file says, changed by the JSON files beside
-    it. Those may add control tokens, switch BOS on or off, and name another end token."""
-    folder = file.parent
-    neighbours = [folder / name for name in FILES if (folder / name).is_file()]
-    for neighbour in neighbours:
-        inside(folder, neighbour.name, "")  # every export copies them: a link could make it copy any other file
-    files = tuple(dict.fromkeys([file, *neighbours]))
+def _splitter(document: dict, facts: TokenizerFacts, settings: dict) -> Splitter:
+    """Finds the added tokens as transformers' class for this tokenizer.json does. LlamaTokenizer has a normalizer and a
+    pre-tokenizer of its own, unless the vocabulary is byte-level; the other classes have those of the file."""
+    steps = document.get("pre_tokenizer")
+    byte_level = has_step(steps, lambda step: step["type"] == "ByteLevel")
+    class_name = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if class_name == "LlamaTokenizer" and not byte_level:
+        return Splitter(facts.in_texts, None, legacy=bool(settings.get("legacy")))
 
-    settings = _read_if_there(folder, "tokenizer_config.json")
-    declared = settings.get("added_tokens_decoder", {})
-    added = [{"id": int(id), **token} for id, token in declared.items()]
-    more = _read_if_there(folder, "added_tokens.json")
-    added += [{"id": id, "content": text} for text, id in more.items()]
-    bos = _text_of(settings.get("bos_token"))
-    eos = _text_of(settings.get("eos_token"))
-    named = {token: vocab[token] for token in (bos, eos) if token in vocab}
-    control = control | _control_tokens(added) | named
+    def prefixes(step: dict) -> bool:
+        return step.get("prepend_scheme") == "always" or (
+            "prepend_scheme" not in step and step.get("add_prefix_space") is True
+        )
 
-    if not settings.get("add_bos_token", bos_id is not None):
-        bos_id = None
-    elif bos_id is None:
-        bos_id = control.get(bos)
-
-    if eos is None:
-        eos_id = _configured_eos(folder, eos_id)
-    elif eos in control:
-        eos_id = control[eos]
-    else:
-        raise UserError(f"{file}: eos_token {eos!r:.100}, expected a control token like {first_few([*control])}")
-    vocab_size = 1 + max([*vocab.values(), *control.values()])
-    if eos_id is None or not 0 <= eos_id < vocab_size:
-        wanted = f"eos_token in tokenizer_config.json or an eos_token_id below {vocab_size} in config.json"
-        raise UserError(f"{file}: end token {eos_id}, expected {wanted}")
-    return files, vocab_size, control, bos_id, eos_id
+    return Splitter(facts.in_texts, document.get("normalizer"), prefixes=has_step(steps, prefixes))
 
 
-def _configured_eos(folder: Path, eos_id: int | None) -> int | None:
-    """The end token that the model's settings name, or else the tokenizer file's own. Generation's settings win."""
-    for name in ("config.json", "generation_config.json"):
-        ids = _read_if_there(folder, name).get("eos_token_id")
-        if isinstance(ids, list):
-            eos_id = ids[0]
-        elif ids is not None:
-            eos_id = ids
-    return eos_id
-
-
-def _text_of(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_if_there(folder: Path, name: str) -> dict:
-    return read_json(folder, name) if (folder / name).exists() else {}
-
-
-def _is_marker(token: str) -> bool:
-    """Whether an added token counts as a control token though the file does not call it special, such as "<think>".
-    It does if it is more than a single character or spaces."""
-    return len(token.replace("▁", " ").strip()) > 1
-
-
-def _control_tokens(tokens: Iterable[dict]) -> dict[str, int]:
-    control = [token for token in tokens if token.get("special") or _is_marker(token["content"])]
-    return {token["content"]: token["id"] for token in control}
-
-
-def _markers_as_control(file: Path, model: bytes) -> bytes:
-    """A serialised ModelProto in which user-defined markers (type 4, found in any text) are control tokens (type 3).
-    A file that was cut between two pieces would still parse, as a different tokenizer: it is refused here."""
-    edited = bytearray(model)
+def _user_defined(file: Path, model: bytes) -> dict[str, int]:
+    """The user-defined pieces of a serialised ModelProto, each with the position of the byte that says its type. A file
+    that was cut between two pieces would still parse, as a different tokenizer: it is refused here."""
+    found = {}
     fields = set()
     position = 0
     while position < len(model):
@@ -200,14 +161,13 @@ def _markers_as_control(file: Path, model: bytes) -> bytes:
         position = start + size
         fields.add(field)
         piece = model[start:position] if field == 1 else b""
-        if piece.endswith(b"\x18\x04"):
+        if piece.endswith(USER_DEFINED):
             text = piece[2 : 2 + piece[1]]
-            if _is_marker(text.decode()):
-                edited[position - 1] = 3
+            found[text.decode()] = position - 1
     if position != len(model) or not {1, 2, 3} <= fields:  # pieces, trainer_spec, normalizer_spec
-        found = f"{len(model)} bytes that begin with {model[:16]!r}"
-        raise UserError(f"{file}: {found}, expected a whole SentencePiece or tiktoken model")
-    return bytes(edited)
+        described = f"{len(model)} bytes that begin with {model[:16]!r}"
+        raise UserError(f"{file}: {described}, expected a whole SentencePiece or tiktoken model")
+    return found
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
@@ -220,21 +180,27 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     return value, len(data) + 1  # cut short: a position that no whole file has
 
 
-def _template_bos(post_processor: dict | None) -> int | None:
-    """The id that a TemplateProcessing, alone or in a Sequence, puts before every text."""
-    if not post_processor:
-        return None
-    for step in post_processor.get("processors", [post_processor]):
+def _template_ends(post_processor: dict | None) -> tuple[int | None, list[int]]:
+    """The id that a TemplateProcessing, alone or in a Sequence, puts before every text, and those that it puts behind.
+    """
+    before = []
+    behind = []
+    for step in post_processor.get("processors", [post_processor]) if post_processor else []:
         if step["type"] not in ("TemplateProcessing", "ByteLevel"):
             raise ValueError(f"{step['type']} as post-processor instead of TemplateProcessing")
-        first = step.get("single", [{}])[0]
-        if "SpecialToken" in first:
-            return step["special_tokens"][first["SpecialToken"]["id"]]["ids"][0]
-    return None
+        ends = before
+        for part in step.get("single", []):
+            if "SpecialToken" in part:
+                ends += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+            else:
+                ends = behind
+    if len(before) > 1:
+        raise ValueError(f"a post-processor that puts the tokens {before[:8]} before a text instead of one")
+    return (before[0] if before else None), behind
 
 
 def _without_tokens(document: dict, control: set[str]) -> dict:
-    """A tokenizer.json whose vocabulary, merges and added tokens do not have these tokens."""
+    """A tokenizer.json without added tokens, whose vocabulary and merges do not have the control tokens."""
     model = document["model"]
     hidden = control - {model.get("unk_token")}  # the library itself needs the unknown token
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -244,7 +210,7 @@ def _without_tokens(document: dict, control: set[str]) -> dict:
     }
     return document | {
         "model": plain_model,
-        "added_tokens": [token for token in document.get("added_tokens") or [] if token["content"] not in control],
+        "added_tokens": [],
         **dict.fromkeys(("post_processor", "truncation", "padding")),
     }
 

@@ -139,7 +139,7 @@ def llama3_style(codec: tokenizers.Tokenizer) -> dict:
     document, n = json.loads(codec.to_str()), codec.get_vocab_size()
     special = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
     document["added_tokens"] = [added(token, n + i) for i, token in enumerate(special)]
-    document["added_tokens"] += [added("<think>", n + 4, False), added("</s>", n + 5, False), added("eotword", n + 6)]
+    document["added_tokens"] += [added("<think>", n + 4), added("</s>", n + 5), added("eotword", n + 6)]
     document["model"]["vocab"] |= {token["content"]: token["id"] for token in document["added_tokens"]}
     document["model"]["ignore_merges"] = True
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
@@ -408,6 +408,7 @@ def test_text_never_becomes_a_control_token(family: Family):
 def test_the_libraries_alone_would_let_text_become_control_tokens(tmp_path: Path):
     """C20: why control tokens are cut out of the file: `encode_special_tokens` does not do it."""
     document = llama3_style(train_byte_level())
+    document["added_tokens"][4]["special"] = False
     codec = tokenizers.Tokenizer.from_str(json.dumps(document | {"truncation": None}))
     codec.encode_special_tokens = True
     n = document["added_tokens"][0]["id"]
@@ -488,40 +489,41 @@ def test_control_ids_are_found_by_their_text_alone(family: Family):
         assert str(tokenizer.path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-WHERE = ["post-processor", "sequence", "add_bos_token", "switched off", "nowhere"]
+@pytest.mark.parametrize("flag", [True, False, None, "absent"])
+@pytest.mark.parametrize("where", ["alone", "sequence", "nowhere"])
+def test_bos_is_where_transformers_puts_it(tmp_path: Path, where: str, flag: bool | str | None):
+    """C14: where the post-processor of a tokenizer.json puts it; add_bos_token is announced if it says otherwise."""
+    from transformers import AutoTokenizer
+
+    document = llama3_style(train_byte_level()) | {"truncation": None}
+    sequence = document["post_processor"]
+    document["post_processor"] = {"alone": sequence["processors"][1], "sequence": sequence, "nowhere": None}[where]
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    if flag != "absent":
+        config["add_bos_token"] = flag
+    folder = write(tmp_path, tokenizer__json=document, tokenizer_config__json=config,
+                   config__json={"model_type": "llama"})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("a film") == AutoTokenizer.from_pretrained(folder)("a film")["input_ids"]
+    assert (tokenizer.bos_id is None) == (where == "nowhere")
+    contradicts = isinstance(flag, bool) and flag == (where == "nowhere")
+    assert len(tokenizer.notes) == contradicts
+    assert not contradicts or f"add_bos_token {flag} is not used" in tokenizer.notes[0]
 
 
-def bos_named(where: str, folder: Path) -> tuple[Tokenizer, dict, int]:
-    """A tokenizer whose BOS is asked for in one place, its tokenizer_config.json, and the id of the BOS."""
+def test_tokens_that_a_post_processor_puts_behind_a_text_are_announced_and_two_before_it_refused(tmp_path: Path):
+    """C14, C15: a template says where the end token comes, and an example begins with one BOS."""
     document = llama3_style(train_byte_level()) | {"truncation": None}
     n = document["added_tokens"][0]["id"]
-    begin = document["post_processor"]["processors"][1]
-    if where != "sequence":
-        document["post_processor"] = begin if where == "post-processor" else None
-    config = {"bos_token": {"content": "<|begin_of_text|>", "special": True}, "eos_token": "<|im_end|>"}
-    if where in ("add_bos_token", "switched off"):
-        config["add_bos_token"] = where == "add_bos_token"
-    return load_tokenizer(write(folder, tokenizer__json=document, tokenizer_config__json=config)), config, n
-
-
-@pytest.mark.parametrize("where", WHERE)
-def test_bos_is_there_where_the_post_processor_or_the_settings_ask_for_it(tmp_path: Path, where: str):
-    """C14: None where neither does."""
-    tokenizer, _, n = bos_named(where, tmp_path)
-    assert tokenizer.bos_id == (None if where in ("switched off", "nowhere") else n)
-    assert tokenizer.eos_id == n + 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", [where for where in WHERE if where != "add_bos_token"])
-def test_bos_is_where_transformers_puts_it(tmp_path: Path, where: str):
-    """C14: but for add_bos_token, which transformers 4 honours, and 5 ignores beside a tokenizer.json."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer, config, _ = bos_named(where, tmp_path)
-    write(tmp_path, tokenizer_config__json=config | {"bos_token": "<|begin_of_text|>"})
-    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert reference("a film")["input_ids"] == tokenizer.encode("a film")
+    single = document["post_processor"]["processors"][1]["single"]
+    single.append({"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}})
+    settings = {"eos_token": "<|im_end|>", "add_eos_token": True}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer__json=document, tokenizer_config__json=settings))
+    assert tokenizer.encode("")  == [n]
+    assert len(tokenizer.notes) == 2
+    assert "add_eos_token is not used" in tokenizer.notes[0] and f"[{n}] behind a text" in tokenizer.notes[1]
+    single.insert(0, single[0])
+    refused(write(tmp_path, tokenizer__json=document), tmp_path / "tokenizer.json")
 
 
 def test_the_end_token_is_the_one_the_folder_names(tmp_path: Path):

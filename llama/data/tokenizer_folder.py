@@ -1,0 +1,211 @@
+"""What the files beside a tokenizer say about it: its control tokens, BOS, the end token, and what an export copies.
+
+Whatever they hold that is not used, and could change the ids, is announced in `notes`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama.boundary.errors import UserError, first_few
+from llama.boundary.untrusted import inside, read_json
+from llama.data.added_tokens import AddedToken, check_ids
+from llama.data.chat import CONTROL_TOKENS
+from llama.data.tokenizer import TokenizerFacts
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+EOS_FILES = ("generation_config.json", "config.json")
+
+# The keys of tokenizer_config.json. A key that stands in none of these two lists is announced.
+USED_KEYS = {
+    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "tokenizer_class", "chat_template"),
+}  # and all that end in _token, which name control tokens
+HARMLESS_KEYS = {  # they change no ids of a text that is encoded for training
+    *("model_max_length", "max_length", "truncation", "truncation_side", "truncation_strategy", "stride", "padding"),
+    *("padding_side", "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("unk_token_id", "clean_up_tokenization_spaces", "spaces_between_special_tokens", "split_special_tokens"),
+    *("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file", "processor_class"),
+    *("model_input_names", "return_token_type_ids", "use_default_system_prompt", "use_fast", "from_slow", "backend"),
+    *("is_local", "local_files_only", "device_map", "errors", "response_schema", "transformers_version", "init_inputs"),
+    *("model_type", "_commit_hash", "trust_remote_code"),
+}
+
+
+def read_folder(
+    path: Path,
+    file: Path,
+    vocab: dict[str, int],
+    own: Sequence[AddedToken],
+    bos_id: int | None,
+    eos_id: int | None,
+    spelled: Sequence[str],
+) -> TokenizerFacts:
+    """What a tokenizer's `file` says (`vocab`, its `own` added tokens, BOS and end token), completed by the JSON files
+    beside it: they may add tokens, say which are control tokens, and name another end token.
+
+    `spelled`: control tokens that texts may spell. Raises UserError where the files contradict each other.
+    """
+    folder = file.parent
+    settings = read_settings(folder)
+    tokens = _read_tokens(file, folder, settings, own)
+    check_ids(file, vocab, tokens.values())
+    ids = vocab | {token.content: token.id for token in tokens.values()}
+    eos_id = _end_token(file, settings, ids, eos_id)
+
+    named = _named_tokens(settings)
+    control = {name: ids[name] for name in named if name in ids}
+    # A chat layout adds its tokens by their ids. So they are control tokens, whatever the files call them.
+    of_layouts = {token for layout in CONTROL_TOKENS.values() for token in layout}
+    for token in tokens.values():
+        if token.special or token.content in of_layouts:
+            control[token.content] = token.id
+    control |= {token: id for token, id in ids.items() if id == eos_id}
+
+    unknown = [name for name in spelled if name not in control and name not in tokens]
+    if unknown:
+        known = first_few([*control])
+        raise UserError(f"--control_tokens: {file} has no control token {first_few(unknown)}, expected some of {known}")
+    in_texts = [token for token in tokens.values() if token.content not in control or token.content in spelled]
+    in_texts += [AddedToken(name, ids[name], special=True) for name in spelled if name not in tokens]
+
+    bos_id, notes = _begin_token(file, settings, ids, bos_id)
+    notes += [*_unused(folder, settings, ids, named), *_other_ends(folder, eos_id)]
+    return TokenizerFacts(
+        path, _files(file), 1 + max(ids.values()), control, in_texts, bos_id, eos_id, notes, tuple(spelled)
+    )
+
+
+def read_settings(folder: Path) -> dict:
+    """tokenizer_config.json. Where that declares no tokens, special_tokens_map.json wins, as in transformers."""
+    settings = _read_if_there(folder, "tokenizer_config.json")
+    if settings.get("added_tokens_decoder") is None:
+        settings |= _read_if_there(folder, "special_tokens_map.json")
+    return settings
+
+
+def _read_tokens(file: Path, folder: Path, settings: dict, own: Sequence[AddedToken]) -> dict[str, AddedToken]:
+    """{text: added token} from the tokenizer's own file and the two places beside it. tokenizer_config.json wins."""
+    more = _read_if_there(folder, "added_tokens.json")
+    declared = settings.get("added_tokens_decoder") or {}
+    listed = [AddedToken(text, id, normalized=True) for text, id in more.items()]
+    listed += own
+    listed += [AddedToken.read(values, int(id)) for id, values in declared.items()]
+    tokens = {}
+    for token in listed:
+        before = tokens.get(token.content, token)
+        if before.id != token.id:
+            found = f"the added token {token.content!r:.100} has the ids {before.id} and {token.id}"
+            raise UserError(f"{file}: {found} in this and the files beside it, expected one id")
+        tokens[token.content] = token
+    return tokens
+
+
+def _named_tokens(settings: dict) -> list[str]:
+    """The control tokens that tokenizer_config.json names: bos_token, eos_token, ..., and lists of further ones."""
+    named = [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
+    for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+        more = settings.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    return [text_of(token) for token in named]
+
+
+def text_of(token: str | dict | None) -> str | None:
+    """The text of a token that a JSON file names, or describes in an object."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _begin_token(file: Path, settings: dict, ids: dict[str, int], bos_id: int | None) -> tuple[int | None, list[str]]:
+    """BOS, and what is not used of the settings about it. A tokenizer.json says itself what comes before a text; beside
+    a tokenizer.model tokenizer_config.json may."""
+    asked = settings.get("add_bos_token")
+    if file.suffix != ".json":
+        if asked is False:
+            return None, []
+        named = ids.get(text_of(settings.get("bos_token")))
+        return (named if asked and named is not None else bos_id), []
+    if asked is None or asked == (bos_id is not None):
+        return bos_id, []
+    found = "puts no token" if bos_id is None else f"puts token {bos_id}"
+    return bos_id, [f"{file}: {found} before a text; add_bos_token {asked} is not used, as in transformers 5"]
+
+
+def _end_token(file: Path, settings: dict, ids: dict[str, int], eos_id: int | None) -> int:
+    """The end token: that of tokenizer_config.json, or else of the model's settings, or else the tokenizer file's own.
+    Raises UserError if there is none."""
+    eos = text_of(settings.get("eos_token"))
+    if eos is not None:
+        if eos not in ids:
+            raise UserError(f"{file}: eos_token {eos!r:.100}, expected a token of the tokenizer")
+        return ids[eos]
+    for name in EOS_FILES:
+        configured = _eos_ids(file.parent, name)
+        if configured:
+            eos_id = configured[0]
+            break
+    if type(eos_id) is not int or eos_id not in ids.values():
+        wanted = f"eos_token in tokenizer_config.json or an eos_token_id below {1 + max(ids.values())} in config.json"
+        raise UserError(f"{file}: end token {eos_id!r:.100}, expected {wanted}")
+    return eos_id
+
+
+def _eos_ids(folder: Path, name: str) -> list[int]:
+    ids = _read_if_there(folder, name).get("eos_token_id")
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _other_ends(folder: Path, eos_id: int) -> list[str]:
+    """What the model's settings say about the end token, where it is another one."""
+    notes = []
+    for name in EOS_FILES:
+        ids = _eos_ids(folder, name)
+        if ids and eos_id not in ids:
+            found = ", ".join(f"{id!r:.20}" for id in ids[:8])
+            notes.append(f"{folder}: answers end in token {eos_id}, the tokenizer's; {name} names {found}")
+    return notes
+
+
+def _unused(folder: Path, settings: dict, ids: dict[str, int], named: list[str]) -> list[str]:
+    """What tokenizer_config.json holds that changes nothing here, and could change ids elsewhere."""
+    notes = []
+    unknown = [key for key, value in settings.items() if value is not None and key not in USED_KEYS | HARMLESS_KEYS]
+    unknown = [key for key in unknown if not key.endswith("_token")]
+    if unknown:
+        notes.append(f"{folder}: tokenizer_config.json has {first_few(unknown)}, which this code does not use")
+    if settings.get("add_eos_token"):
+        notes.append(f"{folder}: add_eos_token is not used: a template says where the end token comes")
+    without_id = [name for name in dict.fromkeys(named) if name not in ids]
+    if without_id:
+        found = f"tokenizer_config.json names {first_few(without_id)}"
+        notes.append(f"{folder}: {found} as control tokens, which the tokenizer does not have")
+    return notes
+
+
+def _files(file: Path) -> tuple[Path, ...]:
+    """The tokenizer's file and those beside it that belong to it."""
+    folder = file.parent
+    names = [name for name in FILES if (folder / name).is_file()]
+    files = [file, *(folder / name for name in names)]
+    for name in names:
+        inside(folder, name, "")  # every export copies them: a link could make it copy any other file
+    for template in sorted((folder / CHAT_TEMPLATES).glob("*.jinja")):
+        inside(folder, template.name, ".jinja", CHAT_TEMPLATES)
+        files.append(template)
+    return tuple(dict.fromkeys(files))
+
+
+def _read_if_there(folder: Path, name: str) -> dict:
+    return read_json(folder, name) if (folder / name).exists() else {}
