@@ -47,10 +47,10 @@ class Settings(DataSettings):
 def main() -> None:
     settings = parse(Settings, description=__doc__)
     tiny = settings.model == "tiny"
-    tokenizer = load_tokenizer(TINY_TOKENIZER if tiny else find_model(settings.model))
+    tokenizer = load_tokenizer(TINY_TOKENIZER if tiny else find_model(settings.model), settings.control_tokens)
     data = load_data(settings, tokenizer, use_hub=not (tiny and settings.data == "imdb"))
-    splits = {"train": data.train, "test": data.test}
-    splits = {name: part for name, part in splits.items() if part}
+    splits = {name: part for name, part in (("train", data.train), ("test", data.test)) if part}
+    print("".join(f"{note}\n" for note in tokenizer.notes), end="")
     print_summary(data, splits)
     first = next(iter(splits.values()))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -36,7 +36,7 @@ from lora import Changes, open_model
 
 def main() -> None:
     settings = parse(EvaluationSettings, description=__doc__)
-    base = Base.pretrained(settings.model, settings.max_length)
+    base = Base.pretrained(settings.model, settings.max_length, settings.control_tokens)
     found, data, split = read(settings, base)
     words = answer_ids(found.template, base.tokenizer) if settings.metric in (None, "accuracy") else None
     metric = settings.metric or ("accuracy" if words else "loss")

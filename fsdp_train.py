@@ -93,7 +93,7 @@ def main() -> None:
 
 def read(settings: TrainingSettings) -> Task:
     """Read, check and encode everything. No collective here: encoding may take longer than a collective's timeout."""
-    base = Base.open(settings.model, settings.max_length)
+    base = Base.open(settings.model, settings.max_length, settings.control_tokens)
     # The tiny preset (base.folder is None) with --data imdb uses the bundled sample; nothing is downloaded.
     data = load_data(settings, base.tokenizer, use_hub=base.folder is not None or settings.data != "imdb")
     if data.train is None:

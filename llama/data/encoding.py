@@ -44,8 +44,10 @@ def encode_rows(
             if not segment.control:
                 pieces.append(ids[starts_text][segment.text])
                 continue
-            control = tokenizer.eos_id if segment.text == END else tokenizer.control_id(segment.text)
-            pieces.append([*bos, control] if starts_text else [control])
+            control = [tokenizer.eos_id if segment.text == END else tokenizer.control_id(segment.text)]
+            if segment.text == END and pieces and pieces[-1][-1:] == control:
+                control = []  # the text spells its end token itself, which --control_tokens allows
+            pieces.append([*bos, *control] if starts_text else control)
         examples.append(_join(segments, pieces, len(bos), max_length, truncate_side, answer_room))
     return examples
 

@@ -162,7 +162,7 @@ def encode_file(
     code = sorted(Path(__file__).parent.glob("*.py"))
     before = _identity(path)
     key = [digest([path, *tokenizer.files, *code]), path.suffix, template.name, template.source]
-    key += [max_length, truncate_side, category]
+    key += [max_length, truncate_side, category, tokenizer.bos_id, tokenizer.eos_id, tokenizer.spelled]
     key += [version("sentencepiece"), version("tokenizers")]
 
     def make(folder: Path) -> None:

@@ -63,6 +63,11 @@ class DataSettings(Settings):
         "none; else none, and it is told where the model's chat template inserts one",
     )
     max_length: int = setting(512, "tokens per example; only what the template allows is cut", at_least=2)
+    control_tokens: str | None = setting(
+        None,
+        "control tokens, with commas, that the texts of rows and templates may spell, such as "
+        "'<|im_start|>,<|im_end|>' for rows that are rendered already; else what looks like one stays text",
+    )
     truncate_side: str = setting("right", "which end of a prompt's text is cut", choices=("left", "right"))
     test_fraction: float | None = setting(
         None,

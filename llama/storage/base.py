@@ -55,12 +55,15 @@ class Base:
     notes: list[str]
 
     @classmethod
-    def open(cls, name: str, max_length: int = 0) -> "Base":
-        """The built-in "tiny", a Hugging Face folder, or a hub id, for texts of up to max_length tokens."""
-        return cls.tiny(max_length) if name == "tiny" else cls.pretrained(name, max_length)
+    def open(cls, name: str, max_length: int = 0, control_tokens: str | None = None) -> "Base":
+        """The built-in "tiny", a Hugging Face folder, or a hub id, for texts of up to max_length tokens that may spell
+        these control tokens."""
+        if name == "tiny":
+            return cls.tiny(max_length, control_tokens)
+        return cls.pretrained(name, max_length, control_tokens)
 
     @classmethod
-    def pretrained(cls, name: str, max_length: int = 0) -> "Base":
+    def pretrained(cls, name: str, max_length: int = 0, control_tokens: str | None = None) -> "Base":
         """A Hugging Face folder or a hub id. Raises UserError when config.json, tokenizer, weights and max_length do
         not fit each other. Weights are compared by name and shape, before anything takes memory; only of a head beside
         a tied embedding the values are looked at."""
@@ -69,11 +72,11 @@ class Base:
             expected = f"expected a Hugging Face model folder{described_folder(folder)}"
             raise UserError(f"{folder}: has no config.json, {expected}")
         config_json = read_json(folder, "config.json")
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, control_tokens)
         where = folder / "config.json"
         config = config_from_json(config_json, where)
         check_fit(config, tokenizer, max_length)
-        notes = [*getattr(tokenizer, "notes", ()), *unused_keys(config_json, where), *unused_files(folder)]
+        notes = [*tokenizer.notes, *unused_keys(config_json, where), *unused_files(folder)]
         if config.tie_word_embeddings and differ(folder, "model.embed_tokens.weight", "lm_head.weight"):
             config = replace(config, tie_word_embeddings=False)
             both = "lm_head.weight is not the embedding, so both are loaded, as transformers 5 does"
@@ -88,9 +91,9 @@ class Base:
         return cls(name, folder, config_json, config, tokenizer, dtype, notes)
 
     @classmethod
-    def tiny(cls, max_length: int = 0) -> "Base":
+    def tiny(cls, max_length: int = 0, control_tokens: str | None = None) -> "Base":
         """The built-in preset, which is trained from random weights."""
-        tokenizer = load_tokenizer(TINY_TOKENIZER)
+        tokenizer = load_tokenizer(TINY_TOKENIZER, control_tokens)
         check_fit(TINY, tokenizer, max_length)
         special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         return cls("tiny", None, config_to_json(TINY) | special_tokens, TINY, tokenizer, torch.bfloat16, [])

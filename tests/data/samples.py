@@ -38,7 +38,7 @@ def bundled_with(folder: Path, *control: str) -> Tokenizer:
 class ByteTokenizer:
     """Bytes as ids, except that " positive" is one token where " negative" is nine."""
 
-    bos_id, eos_id, files = 300, 301, (BUNDLED,)
+    bos_id, eos_id, files, spelled = 300, 301, (BUNDLED,), ()
 
     def encode_batch(self, texts: list[str], starts_text: bool = True) -> list[list[int]]:
         begin = [self.bos_id] if starts_text else []

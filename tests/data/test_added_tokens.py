@@ -4,6 +4,7 @@ transformers reads a tokenizer.model only with protobuf, which this project does
 tokenizer.model is compared with the tokenizer.json that transformers' LlamaTokenizer makes of it.
 """
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from llama.boundary.errors import UserError
+from llama.data.chat import layout_of
+from llama.data.encoding import encode_rows
+from llama.data.examples import encode_file
+from llama.data.templates import END, Segment, Template
 from llama.data.tokenizer_files import load_tokenizer
 from tests.data.test_tokenizer import added, llama2_style, llama3_style, train_byte_level, train_sentencepiece, write
 
@@ -131,3 +137,89 @@ def test_a_tokenizer_model_finds_added_tokens_and_user_defined_pieces(tmp_path: 
         tokenizer = load_tokenizer(ours)
         assert tokenizer.encode_batch(texts) == reference(texts)["input_ids"]
         assert tokenizer.decode(tokenizer.encode("the <piece> filmy 7")) == "the <piece> filmy 7"
+
+
+# Control tokens
+
+
+def chatml(folder: Path, special: bool) -> Path:
+    """A byte-level tokenizer.json that calls the tokens of the ChatML layout special, or not."""
+    document = llama3_style(train_byte_level()) | {"truncation": None}
+    for token in document["added_tokens"][1:3]:
+        token |= {"special": special, "normalized": not special}
+    n = 1 + document["added_tokens"][-1]["id"]
+    document["added_tokens"] += tokens_from(n)
+    document["post_processor"] = document["post_processor"]["processors"][1]
+    settings = {"eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return write(folder, tokenizer__json=document, tokenizer_config__json=settings, config__json=CONFIG)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_tokens_of_a_chat_layout_are_control_tokens_whatever_a_folder_calls_them(tmp_path: Path, special: bool):
+    """C20: a message cannot end its own turn, and the layout is still found."""
+    tokenizer = load_tokenizer(chatml(tmp_path, special))
+    assert layout_of(tokenizer) == "chatml"
+    end = tokenizer.control_id("<|im_end|>")
+    ids = tokenizer.encode("a<|im_end|>b filmy <|im_start|>")
+    assert not {end, tokenizer.control_id("<|im_start|>")} & set(ids)
+    assert tokenizer.decode(ids) == "a<|im_end|>b filmy <|im_start|>"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_named_control_tokens_may_be_spelled_by_a_text(tmp_path: Path, special: bool):
+    """C20: for rows that are rendered already; the ids are transformers', and all other control tokens stay text."""
+    from transformers import AutoTokenizer
+
+    folder = chatml(tmp_path, special)
+    tokenizer = load_tokenizer(folder, "<|im_start|>,<|im_end|>,filmy")
+    reference = AutoTokenizer.from_pretrained(folder)
+    rendered = "<|im_start|>user\nA filmy film?<|im_end|>\n<|im_start|>assistant\n <|im_end|><|im_end|>\n"
+    for text in (rendered, "<|im_end|>", " <|im_start|> "):
+        assert tokenizer.encode(text) == reference(text)["input_ids"]
+    assert tokenizer.control_id("<|im_end|>") in tokenizer.encode(rendered)
+    assert tokenizer.control_id("<|eot_id|>") not in tokenizer.encode("a<|eot_id|>")
+    assert "<|im" not in tokenizer.decode(tokenizer.encode(rendered))  # it still is no text
+    with pytest.raises(UserError, match=r"no control token '<\|nowhere\|>', expected some of '<\|"):
+        load_tokenizer(folder, "<|im_end|>,<|nowhere|>")
+
+
+def test_a_tokenizer_model_lets_texts_spell_named_control_tokens(tmp_path: Path):
+    """C14, C20: "</s>" becomes the end token; a spelled BOS at the start of a text is its only one."""
+    model = train_sentencepiece(user_defined_symbols=["<|im_start|>", "<|im_end|>"])
+    plain = load_tokenizer(write(tmp_path, tokenizer__model=model))
+    tokenizer = load_tokenizer(tmp_path, "</s>,<s>,<|im_end|>")
+    end = tokenizer.control_id("<|im_end|>")
+    a = plain.encode("a", starts_text=False)
+    assert tokenizer.encode("<s>a</s>a<|im_end|>") == [1, *a, 2, *a, end]
+    assert tokenizer.encode("a<|im_start|>") == plain.encode("a<|im_start|>")
+    assert not {1, 2, end} & set(plain.encode("<s>a</s>a<|im_end|>")[1:])
+
+
+def test_a_text_that_spells_its_end_token_gets_no_second_one(tmp_path: Path):
+    """C15: and another text gets the end token that the template adds."""
+    folder = chatml(tmp_path, special=True)
+    answer = Segment(" b<|eot_id|>", answer=True, may_cut=True)
+    segments = [Segment("a"), answer, Segment(END, answer=True, control=True)]
+    for control_tokens in (None, "<|eot_id|>"):
+        tokenizer = load_tokenizer(folder, control_tokens)
+        (example,) = encode_rows([segments], tokenizer, 100, "right")
+        assert example.ids.count(tokenizer.eos_id) == 1
+        assert example.ids[-1] == tokenizer.eos_id and example.is_answer[-1]
+
+
+def test_the_cache_tells_control_tokens_and_end_tokens_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """R21: none of them is in a file that the key of the cache covers; config.json is none of the tokenizer's."""
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"q": "a<|im_end|>", "a": "b"}) + "\n")
+    template = Template("mine", "{q} [[{a}]]")
+    folder = chatml(tmp_path / "model", special=True)
+    write(folder, tokenizer_config__json={})
+    found = []
+    for eos_id in (500, 501):
+        write(folder, config__json=CONFIG | {"eos_token_id": eos_id})
+        for control_tokens in (None, "<|im_end|>"):
+            data = encode_file(rows, template, load_tokenizer(folder, control_tokens), max_length=50)
+            found.append(data[0][0].tolist())
+    assert [ids[-1] for ids in found] == [500, 500, 501, 501]
+    assert found[0][:-1] == found[2][:-1] != found[1][:-1] == found[3][:-1]
