@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from llama.boundary.errors import UserError, one_line
 
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def find_model(name: str) -> Path:

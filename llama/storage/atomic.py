@@ -26,7 +26,8 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """A new folder to write into, which gets its name when the block ends without an error. Collective.
 
-    An unfinished folder of an earlier attempt is deleted, but only if `is_ours` accepts the name of every file in it.
+    An unfinished folder of an earlier attempt is deleted, but only if `is_ours` accepts the name of every file in it
+    (and of every folder in it; a file in a folder has the name folder/file).
     With `replace`, an existing folder is deleted first, so a crash leaves none; else it is a UserError on every rank.
     """
     folder = Path(folder)
@@ -52,8 +53,8 @@ def atomic_folder(
 def _delete_left_over(unfinished: Path, folder: Path, is_ours: Callable[[str], bool]) -> None:
     if not unfinished.is_dir() or unfinished.is_symlink():
         return
-    for path in unfinished.iterdir():
-        if path.is_dir() or not is_ours(path.name):
+    for path in unfinished.rglob("*"):
+        if not is_ours(path.relative_to(unfinished).as_posix()):
             raise UserError(
                 f"{path}: not from an attempt to write {folder}; expected its folder to be free for temporary files"
             )

@@ -19,7 +19,7 @@ from llama.storage.atomic import atomic_folder
 from llama.storage.slices import Sink, read_tensors, write_tensors
 
 # The names of files that an export writes. A left-over folder with any other file in it is not ours to delete.
-EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer.*")
+EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer[^/]*")
 
 
 def load_weights(model: Llama, folder: str | Path) -> None:
@@ -98,19 +98,23 @@ def export_model(
         "dtype": dtype_name,  # and transformers 5 this one
     }
     special_tokens = {name: config_json[name] for name in ("bos_token_id", "eos_token_id") if name in config_json}
-    copies = {Path(path).name: path for path in tokenizer_files}
+    home = Path(tokenizer_files[0]).parent if tokenizer_files else None  # named chat templates lie in a folder of it
+    copies = {Path(path).relative_to(home): path for path in tokenizer_files}
+    names = {path.as_posix() for copy in copies for path in (copy, copy.parent)}
 
     def is_ours(name: str) -> bool:
-        return name in copies or bool(EXPORTED.fullmatch(name))
+        return name in names or bool(EXPORTED.fullmatch(name))
 
     with atomic_folder(folder, is_ours, replace=replace) as unfinished:
         with fail_together(unfinished):
             if is_rank_zero():
-                for name, path in copies.items():
-                    shutil.copyfile(path, unfinished / name)
-                    sync(unfinished / name)
+                for copy, path in copies.items():
+                    (unfinished / copy).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, unfinished / copy)
+                    sync(unfinished / copy)
+                    sync((unfinished / copy).parent)
                 write_durably(unfinished / "config.json", json.dumps(config_json, indent=2) + "\n")
-                if "generation_config.json" not in copies:
+                if "generation_config.json" not in names:
                     write_durably(unfinished / "generation_config.json", json.dumps(special_tokens, indent=2) + "\n")
         write_tensors(weights, unfinished, dtype=dtype)
 

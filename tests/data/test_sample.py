@@ -9,6 +9,7 @@ from sentencepiece import SentencePieceProcessor
 
 from assets import make_sample, make_tokenizer
 from llama.data.templates import TEMPLATES
+from llama.data.tokenizer_files import load_tokenizer
 
 SPLITS = ["train", "test"]
 NEGATION = re.compile(r"\b(not|never|nothing|nobody|far from|anything but)\b", re.I)
@@ -120,6 +121,15 @@ def test_training_the_tokenizer_again_gives_the_committed_bytes(tmp_path):
     for name in ("first.model", "second.model"):
         make_tokenizer.write_tokenizer(tmp_path / name)
         assert (tmp_path / name).read_bytes() == make_tokenizer.MODEL.read_bytes()
+    make_tokenizer.write_json(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (make_tokenizer.FOLDER / name).read_bytes()
+
+
+def test_both_forms_of_the_tokenizer_give_the_reviews_the_same_ids(tokenizer, rows):
+    """C18: SentencePiece's are the ids of tokenizer.json, which this project and transformers read."""
+    texts = [row["text"] for split in SPLITS for row in rows[split][::10]]
+    assert [ids[1:] for ids in load_tokenizer(make_tokenizer.FOLDER).encode_batch(texts)] == tokenizer.encode(texts)
 
 
 def test_the_tokenizer_knows_the_prompt_of_the_imdb_template():

@@ -246,6 +246,10 @@ def build_family(name: str, folder: Path) -> Family:
             write(folder, tokenizer__model=train_sentencepiece(remove_extra_whitespaces=True)))
     if name == "bundled":
         return sentencepiece_family(BUNDLED) if BUNDLED.is_file() else pytest.skip(f"{BUNDLED} is absent")
+    if name == "bundled json":  # the oracle is the tokenizer.model of which it was made
+        family = sentencepiece_family(BUNDLED)
+        family.tokenizer = load_tokenizer(BUNDLED.parent)
+        return family
     if name in ("llama2", "stories260K"):
         return sentencepiece_family(asset({"llama2": "llama2-tokenizer"}.get(name, name)))
     if name.startswith("llama2 json"):
@@ -302,7 +306,7 @@ def build_family(name: str, folder: Path) -> Family:
 
 
 FAMILIES = ["bundled", "llama3 json", "tiktoken"]  # of each format one
-MORE = ["sentencepiece", "sentencepiece merging spaces", "llama2", "stories260K", "llama2 json",
+MORE = ["bundled json", "sentencepiece", "sentencepiece merging spaces", "llama2", "stories260K", "llama2 json",
         "llama2 json metaspace", "smollm2", "llama3"]  # fmt: skip
 FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
@@ -613,13 +617,16 @@ def test_the_kind_of_a_model_file_is_told_by_its_content(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "generation_config.json",
-                                  "chat_template.jinja"])
+                                  "chat_template.jinja", "additional_chat_templates/rag.jinja",
+                                  "additional_chat_templates"])
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str):
     """R12: also for files that are only copied into exports; a file given by its own name may be a link."""
-    write(tmp_path / "elsewhere", secret=b"{}", model=train_sentencepiece())
+    write(tmp_path / "elsewhere", secret=b"{}", secret__jinja=b"", model=train_sentencepiece())
     write(tmp_path / "folder", tokenizer__model=train_sentencepiece())
-    (tmp_path / "folder" / name).unlink(missing_ok=True)
-    (tmp_path / "folder" / name).symlink_to(tmp_path / "elsewhere/secret")
+    link = tmp_path / "folder" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" / ("secret" if "." in name else ""))
     with pytest.raises(UserError, match="expected a file inside the folder"):
         load_tokenizer(tmp_path / "folder")
     (tmp_path / "link.model").symlink_to(tmp_path / "elsewhere/model")
@@ -629,12 +636,15 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str):
 def test_an_export_is_told_every_file_of_the_tokenizer(tmp_path: Path):
     """R24: what transformers needs to load the exported folder, and nothing else that lies there."""
     names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "generation_config.json", "chat_template.jinja"]
+             "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+             "merges.txt", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (tmp_path / "additional_chat_templates").mkdir()
     document = llama3_style(train_byte_level()) | {"truncation": None}
-    for name in [*names, "config.json", "model.safetensors"]:
+    for name in [*names, "config.json", "model.safetensors", "additional_chat_templates/notes.txt"]:
         (tmp_path / name).write_text("{}")
     write(tmp_path, tokenizer__json=document, tokenizer_config__json={"eos_token": "<|im_end|>"})
-    assert {file.name for file in load_tokenizer(tmp_path).files} == set(names)
+    files = load_tokenizer(tmp_path).files
+    assert {file.relative_to(tmp_path).as_posix() for file in files} == set(names) and len(files) == len(names)
     write(tmp_path / "alone", small__model=train_sentencepiece())
     assert load_tokenizer(tmp_path / "alone" / "small.model").files == (tmp_path / "alone" / "small.model",)
 

@@ -253,6 +253,36 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+def test_transformers_opens_the_tokenizer_of_an_export_as_it_is(folder):
+    """C18, R24: with the packages of requirements-dev.txt, so without protobuf, and it gives the ids of training."""
+    from transformers import AutoTokenizer
+
+    reference, tokenizer = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    trained = load_tokenizer(TINY_TOKENIZER / "tokenizer.model")
+    texts = ["A dull film.", " two  spaces\n", "</s> 2024 日本", ""]
+    ids = [reference(text, split_special_tokens=True)["input_ids"] for text in texts]
+    assert ids == tokenizer.encode_batch(texts) == trained.encode_batch(texts)
+    assert (reference.bos_token_id, reference.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert reference.decode(ids[0], skip_special_tokens=True) == texts[0]
+
+
+def test_an_export_has_every_file_of_the_tokenizer_also_those_in_its_folder(folder, tmp_path):
+    """R17, R24: named chat templates lie in a folder, which an attempt that died leaves behind, too."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    base = Base.pretrained(str(folder))
+    stale = tmp_path / "again.tmp/additional_chat_templates/rag.jinja"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{{ mess")
+    export_model(Llama(SMALL), tmp_path / "again", base.config_json, base.tokenizer.files)
+    for file in base.tokenizer.files:
+        assert (tmp_path / "again" / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    stale.parent.mkdir(parents=True)
+    stale.with_name("thesis.tex").write_text("something")
+    with pytest.raises(UserError, match="thesis.tex: not from an attempt to write"):
+        export_model(Llama(SMALL), tmp_path / "again", base.config_json, base.tokenizer.files, replace=True)
+
+
 def test_a_folder_is_opened_with_all_that_fits_together(folder):
     """C34: the config.json is kept as it is, for an export; weights are only looked at."""
     base = Base.pretrained(str(folder), 64)
