@@ -71,7 +71,9 @@ def uninterrupted(ranks, data, cache, tmp_path_factory) -> Path:
 # Stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=slow)])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=slow), pytest.param(signal.SIGHUP, marks=slow),
+])  # fmt: skip
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_resumed_run_equals_the_uninterrupted(
     ranks, data, cache, uninterrupted, tmp_path, number
 ):
@@ -99,18 +101,27 @@ def signalled(cache: Path, chosen: TrainingSettings, number: int) -> tuple[int, 
 
     signals = []
     printed = io.StringIO()
+    signal.signal(number, signal.SIG_DFL)  # workers of tests ignore Ctrl-C
     with replaced(fsdp_train, gradient_norm=gradient_norm), redirect_stdout(printed):
         with pytest.raises(SystemExit) as stopped:
             train_here(cache, chosen)
     return stopped.value.code, printed.getvalue()
 
 
+@pytest.fixture
+def nohup():
+    """What is started meanwhile ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 SIGNALS = """
 import signal, time
 requests = []
 class StopRequests(fsdp_train.StopRequests):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, *minutes):
+        super().__init__(*minutes)
         requests.append(self)
 
 real = fsdp_train.train_step
@@ -127,13 +138,15 @@ fsdp_train.train_step, fsdp_train.StopRequests = train_step, StopRequests
 
 @pytest.mark.parametrize(("number", "to_agent", "flags"), [
     (signal.SIGTERM, True, ()), (signal.SIGUSR1, False, ()),
-    (signal.SIGUSR1, True, ("--signals_to_handle", "SIGTERM,SIGUSR1")),
-], ids=["SIGTERM to torchrun", "SIGUSR1 to rank 1", "SIGUSR1 to torchrun"])  # fmt: skip
+    (signal.SIGUSR1, True, ("--signals_to_handle", "SIGTERM,SIGUSR1")), (signal.SIGINT, True, ()),
+    (signal.SIGHUP, True, ()),
+], ids=["SIGTERM to torchrun", "SIGUSR1 to rank 1", "SIGUSR1 to torchrun", "Ctrl-C", "a closed terminal"])  # fmt: skip
 @slow
 def test_a_signal_saves_after_the_step_and_the_resumed_run_equals_the_uninterrupted(
-    ranks, tmp_path, data, cache, uninterrupted, number, to_agent, flags
+    ranks, tmp_path, data, cache, uninterrupted, nohup, number, to_agent, flags
 ):
-    """R8, C48: SLURM's warning and its end; whichever process hears it, all stop after the same step."""
+    """R8, C48: whichever process hears it, all stop after the same step; with nohup, torchrun still passes SIGHUP on.
+    """
     out = tmp_path / "out"
     to = "os.getppid()" if to_agent else "os.getpid()"
     wrong = SIGNALS.format(to=to, number=int(number), waits=to_agent)
@@ -220,6 +233,25 @@ def test_signals_mean_what_they_meant_before_once_the_steps_are_over():
         assert requests.agreed(False) == (None, False, False) and requests.agreed(True) == (None, True, False)
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# A mistake of the user
+
+
+@pytest.mark.parametrize("wrong, told", [
+    (["--learning_rat", "1"], "fsdp_train.py: unrecognized arguments: --learning_rat 1. Did you mean --learning_rate?"),
+    (["--data", "nowhere"], "--data nowhere: no such file or folder, nor one of the public data sets"),
+    (["--batch_size", "999"], "16 examples, fewer than one global batch of 1998"),
+], ids=["a flag", "before the ranks join", "after the ranks have joined"])  # fmt: skip
+@slow
+def test_a_mistake_under_torchrun_is_said_once_and_ends_torchruns_report(tmp_path, data, cache, wrong, told):
+    """R9: by one rank, without a traceback of ours, and every rank ends with status 2."""
+    with Torchrun(tmp_path, cache, *arguments(data, tmp_path / "out"), *wrong) as run:
+        status, log = run.end()
+    lines = [line for line in log.splitlines() if told in line]
+    assert status != 0 and len(lines) == 2 and lines[1].startswith("  traceback : "), log[-3000:]
+    assert log.count("exitcode  : 2") == 2 and log.count("Traceback") == 1  # torchrun's own, of its ChildFailedError
+    assert "line" not in log.split("Traceback")[0]
 
 
 # One rank fails
