@@ -31,8 +31,17 @@ def load_tokenizer(path: str | Path, control_tokens: str | None = None) -> Token
 
     control_tokens: names with commas. Where a text spells one of these control tokens, it becomes that token.
     """
-    path = Path(path)
-    spelled = control_tokens.split(",") if control_tokens else []
+    tokenizer = _load(Path(path), control_tokens.split(",") if control_tokens else [])
+    asked = read_settings(tokenizer.files[0].parent).get("add_prefix_space")
+    start = 0 if tokenizer.bos_id is None else 1
+    adds = tokenizer.encode("a")[start:] != tokenizer.encode("a", starts_text=False)
+    if asked not in (None, adds):
+        found = "gets a space" if adds else "gets no space"
+        tokenizer.notes.append(f"{path}: a text {found} before it; add_prefix_space {asked} is not used")
+    return tokenizer
+
+
+def _load(path: Path, spelled: list[str]) -> Tokenizer:
     file = _find_file(path) if path.is_dir() else path
     try:
         if file.stat().st_size > LARGEST_FILE:

@@ -81,7 +81,7 @@ def read_folder(
     in_texts += [AddedToken(name, ids[name], special=True) for name in spelled if name not in tokens]
 
     bos_id, notes = _begin_token(file, settings, ids, bos_id)
-    notes += [*_unused(folder, settings, ids, named), *_other_ends(folder, eos_id)]
+    notes += [*_unused(folder, settings, ids, named), *_other_ends(folder, ids, eos_id)]
     return TokenizerFacts(
         path, _files(file), 1 + max(ids.values()), control, in_texts, bos_id, eos_id, notes, tuple(spelled)
     )
@@ -167,26 +167,32 @@ def _eos_ids(folder: Path, name: str) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def _other_ends(folder: Path, eos_id: int) -> list[str]:
+def _other_ends(folder: Path, ids: dict[str, int], eos_id: int) -> list[str]:
     """What the model's settings say about the end token, where it is another one."""
     notes = []
-    for name in EOS_FILES:
-        ids = _eos_ids(folder, name)
-        if ids and eos_id not in ids:
-            found = ", ".join(f"{id!r:.20}" for id in ids[:8])
-            notes.append(f"{folder}: answers end in token {eos_id}, the tokenizer's; {name} names {found}")
+    name = next(token for token, id in ids.items() if id == eos_id)
+    for file in EOS_FILES:
+        others = _eos_ids(folder, file)
+        if others and eos_id not in others:
+            found = ", ".join(f"{id!r:.20}" for id in others[:8])
+            notes.append(f"{folder}: answers end in {name!r:.60}, token {eos_id}; {file} names {found} as end token")
     return notes
 
 
 def _unused(folder: Path, settings: dict, ids: dict[str, int], named: list[str]) -> list[str]:
     """What tokenizer_config.json holds that changes nothing here, and could change ids elsewhere."""
     notes = []
-    unknown = [key for key, value in settings.items() if value is not None and key not in USED_KEYS | HARMLESS_KEYS]
-    unknown = [key for key in unknown if not key.endswith("_token")]
+    given = [key for key, value in settings.items() if value not in (None, [], {}) and not key.endswith("_token")]
+    unknown = [key for key in given if key not in USED_KEYS | HARMLESS_KEYS]
     if unknown:
         notes.append(f"{folder}: tokenizer_config.json has {first_few(unknown)}, which this code does not use")
     if settings.get("add_eos_token"):
         notes.append(f"{folder}: add_eos_token is not used: a template says where the end token comes")
+    if settings.get("added_tokens_decoder") is not None:
+        for key, value in _read_if_there(folder, "special_tokens_map.json").items():
+            if key.endswith("_token") and text_of(value) != text_of(settings.get(key)):
+                found = f"special_tokens_map.json has {key!r:.60} {text_of(value)!r:.60}"
+                notes.append(f"{folder}: {found}, which is not used: tokenizer_config.json declares the tokens")
     without_id = [name for name in dict.fromkeys(named) if name not in ids]
     if without_id:
         found = f"tokenizer_config.json names {first_few(without_id)}"

@@ -223,3 +223,56 @@ def test_the_cache_tells_control_tokens_and_end_tokens_apart(tmp_path: Path, mon
             found.append(data[0][0].tolist())
     assert [ids[-1] for ids in found] == [500, 500, 501, 501]
     assert found[0][:-1] == found[2][:-1] != found[1][:-1] == found[3][:-1]
+
+
+# What is not used is announced
+
+
+def notes_of(folder: Path, settings: dict, **files) -> list[str]:
+    """The notes of a byte-level tokenizer with these settings and files beside it."""
+    document = llama3_style(train_byte_level()) | {"truncation": None}
+    settings = {"eos_token": "<|eot_id|>"} | settings
+    return load_tokenizer(write(folder, tokenizer__json=document, tokenizer_config__json=settings, **files)).notes
+
+
+def test_an_end_token_that_the_models_settings_do_not_name_is_announced(tmp_path: Path):
+    """C15: the tokenizer's eos_token ends answers; generation would wait for the other one."""
+    n = 493
+    assert notes_of(tmp_path, {}, config__json={"eos_token_id": [1, n + 3]}, generation_config__json={}) == []
+    notes = notes_of(tmp_path, {}, config__json={"eos_token_id": 1}, generation_config__json={"eos_token_id": [2, 7]})
+    begin = f"{tmp_path}: answers end in '<|eot_id|>', token {n + 3}; "
+    assert notes == [begin + "generation_config.json names 2, 7 as end token",
+                     begin + "config.json names 1 as end token"]
+
+
+def test_keys_that_this_code_does_not_use_are_announced_by_name(tmp_path: Path):
+    """C18: unless they are null or known to change no ids."""
+    harmless = {"model_max_length": 2048, "padding_side": "left", "pad_token": "<|eot_id|>", "do_lower_case": None,
+                "sp_model_kwargs": {}, "add_prefix_space": False, "add_eos_token": False, "legacy": True}
+    assert notes_of(tmp_path, harmless) == []
+    notes = notes_of(tmp_path, {"do_lower_case": True, "sp_model_kwargs": {"alpha": 0.1}, "add_prefix_space": True,
+                                "pad_token": "<pad>", "added_tokens_decoder": {}},
+                     special_tokens_map__json={"eos_token": "</s>"})
+    assert notes == [
+        f"{tmp_path}: tokenizer_config.json has 'do_lower_case', 'sp_model_kwargs', which this code does not use",
+        f"{tmp_path}: special_tokens_map.json has 'eos_token' '</s>', which is not used: tokenizer_config.json "
+        "declares the tokens",
+        f"{tmp_path}: tokenizer_config.json names '<pad>' as control tokens, which the tokenizer does not have",
+        f"{tmp_path}: a text gets no space before it; add_prefix_space True is not used",
+    ]
+
+
+def test_special_tokens_map_counts_where_tokenizer_config_declares_no_tokens(tmp_path: Path):
+    """C15: as in transformers; older folders name their tokens only there."""
+    document = llama3_style(train_byte_level()) | {"truncation": None}
+    tokens = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|begin_of_text|>"}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer__json=document, special_tokens_map__json=tokens))
+    assert tokenizer.control_name(tokenizer.eos_id) == "<|im_end|>"
+
+
+def test_tokens_whose_ids_the_files_do_not_agree_on_are_refused(tmp_path: Path):
+    """C21: another id than transformers gives, and two ids for one token."""
+    with pytest.raises(UserError, match="the added token 'filmy' has id 700, expected 500, which transformers gives"):
+        notes_of(tmp_path, {}, added_tokens__json={"filmy": 700})
+    with pytest.raises(UserError, match="the added token '<think>' has the ids 500 and 497 in this and the files"):
+        notes_of(tmp_path, {}, added_tokens__json={"<think>": 500})
