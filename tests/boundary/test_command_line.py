@@ -160,7 +160,7 @@ def test_the_help_shows_every_flag_once_under_the_heading_of_the_class_that_decl
     assert sorted(sum(found.values(), [])) == sorted(entry.name for entry in dataclasses.fields(settings))
 
 
-DATA_FLAGS = "data data_dir template max_length truncate_side test_fraction skip_bad_rows"
+DATA_FLAGS = "data data_dir template max_length truncate_side system control_tokens test_fraction skip_bad_rows"
 SHOWING_FLAGS = DATA_FLAGS + " model show output"
 TRAINING_FLAGS = DATA_FLAGS + """
     model adapter quantize train_layers lora_rank lora_alpha lora_dropout lora_targets lora_variant train_on_prompt

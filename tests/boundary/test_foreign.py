@@ -35,7 +35,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("changes, named", [
     ({WEIGHTS: POINTER}, [WEIGHTS, *LFS]),
-    ({"tokenizer.model": POINTER}, ["tokenizer.model", *LFS]),
+    ({"tokenizer.json": None, "tokenizer.model": POINTER}, ["tokenizer.model", *LFS]),
     ({"tokenizer.json": POINTER}, ["tokenizer.json", *LFS]),
     ({"config.json": POINTER}, ["config.json", *LFS]),
     ({WEIGHTS: None, INDEX: POINTER}, [INDEX, *LFS]),

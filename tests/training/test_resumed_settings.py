@@ -23,13 +23,13 @@ HELD_BY_WHAT_THEY_DECIDE = {
     "gradient_accumulation_steps": "global_batch", "data_dir": "fingerprint", "test_fraction": "fingerprint",
     "skip_bad_rows": "fingerprint", "lora_rank": "lora", "lora_alpha": "lora", "lora_dropout": "lora",
     "lora_targets": "lora", "lora_variant": "lora",
+    "system": "system",
 }  # fmt: skip
 # Settings that change no number of a run: where it computes, what it tells and what it keeps.
 FREE = {
     "sharding", "cpu_offload", "defer_gradient_sync", "activation_checkpointing", "compile", "output", "eval_every",
     "eval_limit", "save_every", "async_save", "keep_checkpoints", "resume", "allow_changed", "log_every",
-    "track",
-    "config",
+    "save_minutes", "track", "config",
 }  # fmt: skip
 
 
