@@ -1,4 +1,4 @@
-"""Whatever happens to stdout and stderr: who works on to the end, who ends, and with which status."""
+"""Whatever happens to stdout and stderr, or comes from the keyboard: who works on, who ends, and with which status."""
 
 import os
 import subprocess
@@ -62,6 +62,15 @@ def test_a_program_whose_result_is_printed_never_ends_with_status_0_when_it_is_l
     """And with no traceback: as other commands, in a pipe with the status of SIGPIPE."""
     for flush in (True, False):
         assert outcome(tmp_path, False, flush, LOST[case])[:2] == (status, said)
+
+
+def test_ctrl_c_is_one_line_wherever_it_comes(tmp_path):
+    """Also while a script imports torch: after its flags were read, before its main function is called."""
+    for program in ("run(lambda: None); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+                    "run(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))"):
+        text = f"import os, signal, time; from llama.boundary.command_line import run; {program}"
+        ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("keep_going", [True, False])
