@@ -50,8 +50,7 @@ class Parser(argparse.ArgumentParser):
         return flag + equals + value if self._knows(flag) else word
 
     def error(self, message: str) -> NoReturn:
-        is_missing = "required: --" in message
-        if self.unknown and is_missing:  # the required flag may be the one that is misspelt
+        if self.unknown and "required: --" in message:  # the required flag may be the one that is misspelt
             message = f"unrecognized arguments: {self.unknown[0]}"
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         close = []
@@ -142,12 +141,12 @@ def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None
     except UserError as error:
         _let_rank_zero_speak()
         status, text = 2, "\n".join(error.lines)
-    except BrokenPipeError:
-        status, text = 141, ""
     except OSError as error:
         if error.errno is None:
             raise
         status, text = 2, f"{error.filename or 'output'}: {error.strerror}"
+        if isinstance(error, BrokenPipeError) and not keep_going:
+            status, text = 141, ""
     except KeyboardInterrupt:
         status, text = 130, INTERRUPTED if is_local_rank_zero() else ""
     finally:
