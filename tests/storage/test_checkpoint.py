@@ -63,6 +63,31 @@ def test_a_small_files_digest_is_the_hash_of_its_hash(tmp_path):
     assert atomic.digests(tmp_path, ["x"]) == {"x": {"bytes": 500, "sha256": hashlib.sha256(inner).hexdigest()}}
 
 
+@pytest.mark.parametrize("block", [1000, 3 * 2**20])
+def test_the_digest_of_a_large_file_covers_every_byte_of_it(tmp_path, monkeypatch, block):
+    """R5, R6: the SHA-256 of the SHA-256s of its blocks, the last one cut; blocks of more than one piece that is read.
+    """
+    monkeypatch.setattr(atomic, "HASHED_AT_ONCE", block)
+    content, path = os.urandom(2 * block + 77), tmp_path / "x"
+
+    def digest_of(content: bytes) -> str:
+        path.write_bytes(content)
+        return atomic.digests(tmp_path, ["x"])["x"]["sha256"]
+
+    blocks = [content[:block], content[block : 2 * block], content[2 * block :]]
+    by_hand = hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in blocks)).hexdigest()
+    assert digest_of(content) == by_hand
+    for place in (0, block - 1, block, 2 * block - 1, 2 * block, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        assert digest_of(changed) != by_hand, place
+
+
+def test_blocks_are_of_64_mib():
+    """Or checkpoints that exist would be taken for damaged ones."""
+    assert atomic.HASHED_AT_ONCE == 64 * 1024 * 1024
+
+
 def digests_in_blocks(folder: Path) -> dict:
     atomic.HASHED_AT_ONCE = 1000
     try:

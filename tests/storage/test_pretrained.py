@@ -184,6 +184,18 @@ def test_the_export_has_the_dtype_that_was_asked_for(ranks, hugging_face, tmp_pa
     assert model.dtype == torch.bfloat16
 
 
+def test_an_export_is_in_bf16_unless_asked_otherwise(tmp_path):
+    """C34: the dtype of published Llamas, in the file and in the config; fp32 would take twice the space."""
+    model = Llama(CONFIG)
+    initialize_weights(model, seed=3)
+    export_model(model, tmp_path / "export", config_to_json(CONFIG))
+    found = folder_content(tmp_path / "export")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    about = read_json(tmp_path / "export", "config.json")
+    assert about["dtype"] == about["torch_dtype"] == "bfloat16"
+    assert torch.equal(found["model.norm.weight"], model.norm.weight.detach().bfloat16())
+
+
 def test_our_own_config_makes_a_folder_that_transformers_opens(tmp_path):
     """C34: without a process group, and from nothing but a ModelConfig."""
     import transformers
