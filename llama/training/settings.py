@@ -20,7 +20,7 @@ ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_variant"
 IDENTITY = (
     "model", "max_length", "truncate_side", "epochs", "learning_rate", "lr_schedule", "warmup_ratio", "beta2",
     "weight_decay", "max_grad_norm", "seed", "batch_tokens", "group_by_length", "optimizer", "quantize",
-    "train_layers", "train_on_prompt", "adapter", "data", "control_tokens",
+    "train_layers", "train_on_prompt", "adapter", "data", "control_tokens", "eval_limit",
 )  # fmt: skip
 
 
