@@ -27,20 +27,21 @@ FILES = (
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 EOS_FILES = ("generation_config.json", "config.json")
 
-# The keys of tokenizer_config.json. A key that stands in none of these two lists is announced.
-USED_KEYS = {
-    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
-    *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "tokenizer_class", "chat_template"),
-}  # and all that end in _token, which name control tokens
-HARMLESS_KEYS = {  # they change no ids of a text that is encoded for training
-    *("model_max_length", "max_length", "truncation", "truncation_side", "truncation_strategy", "stride", "padding"),
-    *("padding_side", "pad_to_multiple_of", "pad_token_type_id", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("unk_token_id", "clean_up_tokenization_spaces", "spaces_between_special_tokens", "split_special_tokens"),
-    *("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file", "processor_class"),
-    *("model_input_names", "return_token_type_ids", "use_default_system_prompt", "use_fast", "from_slow", "backend"),
-    *("is_local", "local_files_only", "device_map", "errors", "response_schema", "transformers_version", "init_inputs"),
-    *("model_type", "_commit_hash", "trust_remote_code"),
-}
+# The keys of tokenizer_config.json: those that are used here (and all that end in _token), and those that change no id.
+# A key that stands in neither list is announced.
+USED_KEYS = """
+    added_tokens_decoder additional_special_tokens extra_special_tokens model_specific_special_tokens
+    add_bos_token add_eos_token add_prefix_space legacy tokenizer_class chat_template
+""".split()
+HARMLESS_KEYS = """
+    model_max_length max_length truncation truncation_side truncation_strategy stride
+    padding padding_side pad_to_multiple_of pad_token_type_id
+    bos_token_id eos_token_id pad_token_id unk_token_id
+    clean_up_tokenization_spaces spaces_between_special_tokens split_special_tokens errors
+    tokenizer_file vocab_file merges_file special_tokens_map_file name_or_path _commit_hash is_local local_files_only
+    processor_class model_type model_input_names return_token_type_ids response_schema transformers_version
+    use_default_system_prompt use_fast from_slow backend device_map init_inputs trust_remote_code
+""".split()
 
 
 def read_folder(
@@ -183,7 +184,7 @@ def _unused(folder: Path, settings: dict, ids: dict[str, int], named: list[str])
     """What tokenizer_config.json holds that changes nothing here, and could change ids elsewhere."""
     notes = []
     given = [key for key, value in settings.items() if value not in (None, [], {}) and not key.endswith("_token")]
-    unknown = [key for key in given if key not in USED_KEYS | HARMLESS_KEYS]
+    unknown = [key for key in given if key not in USED_KEYS + HARMLESS_KEYS]
     if unknown:
         notes.append(f"{folder}: tokenizer_config.json has {first_few(unknown)}, which this code does not use")
     if settings.get("add_eos_token"):
