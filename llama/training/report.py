@@ -22,7 +22,8 @@ from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
 from llama.storage.checkpoint import set_aside
 from llama.storage.manifest import differences
-from llama.training.curve import Curve, Picture, name_of
+from llama.training.curve import Picture, name_of
+from llama.training.figure import Curve
 from llama.training.journal import Journal, read_metrics
 from llama.training.optim import learning_rate
 from llama.training.plan import BEGUN, Plan

@@ -11,7 +11,8 @@ import pytest
 
 from llama.boundary.errors import UserError
 from llama.training import curve as curves
-from llama.training.curve import Curve, Picture, draw, figure_of, name_of, read_curve, smoothed
+from llama.training.curve import Picture, draw, name_of, read_curve
+from llama.training.figure import Curve, figure_of, smoothed
 
 ROOT = Path(curves.__file__).parents[2]
 
