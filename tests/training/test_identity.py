@@ -20,6 +20,7 @@ OTHER = {
     "lr_schedule": "linear", "warmup_ratio": 0.1, "beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 0.5, "seed": 1,
     "batch_tokens": 600, "group_by_length": True, "optimizer": "adamw8bit", "quantize": "int8",
     "train_layers": "last:1", "train_on_prompt": True, "adapter": "folder", "data": "alpaca", "eval_limit": 10,
+    "control_tokens": "<|im_end|>",
 }  # fmt: skip
 WITH = {"quantize": {"lora_rank": 4}}  # what another value needs
 
@@ -30,6 +31,7 @@ UNDER_ANOTHER_NAME = {
     "batch_size": "global_batch", "gradient_accumulation_steps": "global_batch",
     "dtype": "dtype",  # of any device that has a default of its own
     "template": "template",  # and what it makes of each row, as ids, is in "fingerprint"
+    "system": "system",
     "data_dir": "fingerprint", "skip_bad_rows": "fingerprint", "test_fraction": "fingerprint",  # of encoded examples
 }  # fmt: skip
 
@@ -39,7 +41,8 @@ FREE = {
     "sharding": SAME_NUMBERS, "cpu_offload": SAME_NUMBERS, "defer_gradient_sync": SAME_NUMBERS,
     "activation_checkpointing": SAME_NUMBERS, "compile": SAME_NUMBERS,
     "output": RECORDS, "eval_every": RECORDS, "save_every": RECORDS, "async_save": RECORDS, "keep_checkpoints": RECORDS,
-    "log_every": RECORDS,
+    "log_every": RECORDS, "save_minutes": RECORDS, "track": RECORDS,
+    "config": "the flags that it stands for are compared themselves",
     "resume": "says that a run is resumed", "allow_changed": "says what may differ",
 }  # fmt: skip
 
