@@ -9,7 +9,7 @@ from pathlib import Path
 from llama.boundary.errors import UserError, first_few
 from llama.boundary.untrusted import inside, read_json
 from llama.data.added_tokens import AddedToken, check_ids
-from llama.data.chat import CONTROL_TOKENS
+from llama.data.layouts import CONTROL_TOKENS
 from llama.data.tokenizer import TokenizerFacts
 
 FILES = (
