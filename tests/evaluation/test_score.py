@@ -8,6 +8,7 @@ import pytest
 import torch
 from reviews import BUNDLED, CONFIG, IMDB, example_by_example, plain_model, write_reviews
 from sharded import build, this_process
+from torch import nn
 
 from llama.boundary.errors import UserError
 from llama.boundary.untrusted import read_json
@@ -95,6 +96,38 @@ def test_loss_and_perplexity_are_the_sum_of_losses_over_the_number_of_tokens(ran
     for results in ranks(2, score_on_rank, folder, every_token=every_token):
         for metrics, predicted, _ in results:
             assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "n": 19} and predicted == {}
+
+
+class FixedLogits(nn.Module):
+    """One likely token, the label, among 128,255 unlikely ones, whatever the tokens are."""
+
+    values = torch.randn(128_256, generator=torch.Generator().manual_seed(0)).index_fill_(0, torch.tensor([7]), 20.0)
+
+    def logits(self, tokens, documents, rows):
+        return self.values.expand(len(rows), -1)
+
+
+class SameLabel:
+    """4 examples of 3 tokens, of which the last is a label: token 7, the first of two answer words."""
+
+    lengths, answers = np.full(4, 3), [0] * 4
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int):
+        return np.array([1, 2, 7], np.int32), np.array([False, False, True])
+
+
+def metrics_of_a_large_vocabulary() -> dict:
+    return evaluate(FixedLogits(), SameLabel(), this_process(), batch_size=2, words=[7, 8])[0]
+
+
+def test_the_loss_over_a_large_vocabulary_is_exact(ranks):
+    """C52: torch.log_softmax in fp32 on a CPU is 1e-5 nats off, here a thirtieth of the loss."""
+    exact = -float(FixedLogits.values.double().log_softmax(0)[7])
+    (found,) = ranks(1, metrics_of_a_large_vocabulary)
+    assert found == {"loss": pytest.approx(exact, abs=1e-6), "accuracy": 1.0, "n": 4} and exact < 1e-3
 
 
 @pytest.mark.parametrize("size, limit", [(2, 1), *(pytest.param(3, limit, marks=SLOW) for limit in (1, 2, 7))])
