@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError, as_user_error, printable
 from llama.boundary.hub import find_model
 from llama.boundary.records import setting
+from llama.data.charts import Splits, draw
 from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat
 from llama.data.examples import EncodedData, encode_file
 from llama.data.rows import read
@@ -31,7 +31,6 @@ from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 
 TABLE_ROW = "{name:8}{examples:10}{tokens:12}{labels:10}{mean:8.1f}{p50:7.0f}{p95:7.0f}{max:7}{cut:8.1%}"
-Splits = dict[str, EncodedData]
 HELD_OUT_SEED = 0  # not the run's seed: runs with different seeds are tested on the same examples
 
 
@@ -259,41 +258,6 @@ def _spell(ids: list[int], tokenizer: Tokenizer, starts_text: bool) -> str:
             text += name * len(list(group))
             starts_text = tokenizer.control_id(name) == tokenizer.bos_id
     return text
-
-
-def draw(splits: Splits, answers: Sequence[str], max_length: int, folder: Path, title: str) -> None:
-    """lengths.png: the lengths of the examples. labels.png: how many have each answer, or how many labels they have."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def plain(text: str) -> str:
-        return printable(text).replace("$", r"\$")  # matplotlib reads what is between two dollars as mathematics
-
-    for name in ("lengths", "labels"):
-        figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
-        axis.set(ylabel="examples", title=plain(title))
-        for number, (split, data) in enumerate(splits.items()):
-            label = f"{split}, {len(data)} examples"
-            if name == "lengths":
-                axis.hist(data.lengths, bins=50, alpha=0.6, label=label)
-                axis.set_xlabel("tokens per example")
-            elif not answers:
-                axis.hist(data.label_counts, bins=50, alpha=0.6, label=label)
-                axis.set_xlabel("labels per example")
-            else:
-                counts = np.bincount(data.answers, minlength=len(answers))
-                first = 0.4 * (number - 0.5 * (len(splits) - 1))  # bars of width 0.4 side by side
-                axis.bar(first + np.arange(len(answers)), counts, 0.4, label=label)
-                axis.set_xticks(range(len(answers)), [plain(answer.strip()) for answer in answers])
-                axis.set_xlabel("answer")
-        if name == "lengths":
-            axis.axvline(max_length, color="#d94801", linestyle="--", label=f"--max_length {max_length}")
-        axis.legend()
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png")
-        plt.close(figure)
 
 
 if __name__ == "__main__":
