@@ -16,7 +16,7 @@ from llama.data.chat_template import (
     prompt_text,
     read_chat_template,
 )
-from llama.data.conversation import EXPECTED, LISTS, SYSTEM, TOOLS, Turn, read_turns
+from llama.data.conversation import EXPECTED, LISTS, PAIR, SYSTEM, TOOLS, Turn, read_turns
 from llama.data.layouts import CONTROL_TOKENS, LAYOUTS, STRIPPED, chat_template_of, end_of_turn
 from llama.data.rows import read
 from llama.data.templates import Segment, Template
@@ -36,7 +36,7 @@ class Chat:
 
     fields = {LISTS[0]}
     spellings = tuple({name} for name in LISTS)  # rows with any of these fields are conversations
-    columns = {*LISTS, *SYSTEM, *TOOLS}
+    columns = {*LISTS, *PAIR, *SYSTEM, *TOOLS}
     answers = ()
     expected = EXPECTED
 

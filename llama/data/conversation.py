@@ -2,6 +2,7 @@
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": text}, ...]}    OpenAI, Hugging Face
     {"conversations": [{"from": "system" | "human" | "gpt", "value": text}, ...]}      ShareGPT
+    {"prompt": [message, ...], "completion": [message, ...]}          TRL, where only the completion is learned
 
 `content` may also be a list of {"type": "text", "text": text}. A turn of the assistant with `weight: 0` or
 `train: false` is not learned. `system` or `system_prompt` beside the messages is a system turn; an empty one is none.
@@ -16,6 +17,7 @@ from llama.boundary.errors import UserError
 from llama.data.templates import check_text, described
 
 LISTS = ("messages", "conversations", "conversation")  # the columns that may hold a conversation
+PAIR = ("prompt", "completion")  # the columns that together may hold one
 SYSTEM = ("system", "system_prompt")  # columns beside it that may hold its system turn
 TOOLS = ("tools", "functions")  # columns beside it that no layout renders
 ROLES = {
@@ -41,6 +43,10 @@ def read_turns(row: dict, where: str) -> list[Turn]:
     layout can express, or has nothing to learn."""
     name = _only(row, LISTS, where) or LISTS[0]
     messages = row.get(name)
+    pair = _joined_pair(row)
+    if pair is not None and messages not in NOTHING:
+        raise UserError(f"{where}: has both {name} and {PAIR[0]}, expected one of them")
+    messages = messages if pair is None else pair
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: found fields {described(row)}, expected {EXPECTED}")
     turns = [_read_turn(message, number, f"{where}: {name}[{number}]") for number, message in enumerate(messages)]
@@ -51,6 +57,15 @@ def read_turns(row: dict, where: str) -> list[Turn]:
     if not any(turn.learned for turn in said):
         raise UserError(f"{where}: no message of the assistant is learned, all have weight 0 or train false")
     return _with_system_column(row, turns, where)
+
+
+def _joined_pair(row: dict) -> list | None:
+    """The messages of a prompt, not learned, and of its completion. None where the row has no such lists."""
+    prompt, completion = (row.get(name) for name in PAIR)
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        return None
+    not_learned = {"weight": 0, "train": None}
+    return [message | not_learned if isinstance(message, dict) else message for message in prompt] + completion
 
 
 def _read_turn(message: dict, number: int, where: str) -> Turn:

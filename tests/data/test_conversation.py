@@ -119,4 +119,5 @@ def test_what_no_layout_can_express_is_refused_by_name(case):
 def test_all_columns_that_are_read_are_asked_for():
     """A Parquet file's other columns are never read, so none of them could be refused."""
     lists = {"messages", "conversations", "conversation"}
+    lists |= {"prompt", "completion"}  # both lists of messages
     assert Chat.columns == lists | {"system", "system_prompt", "tools", "functions"}
