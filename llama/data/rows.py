@@ -1,73 +1,61 @@
-"""The rows of a JSONL or Parquet file, one after the other. A bad row is reported, and the rows after it are read."""
+"""The rows of a file of any kind, one after the other. A bad row is reported, and the rows after it are read."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from llama.boundary.errors import UserError, one_line
 from llama.boundary.foreign import refuse_foreign_file
-from llama.boundary.untrusted import without_repetition
-
-# Tokenizing a text of this many bytes takes some GB. A longer line is a bad row, and is never in memory as a whole.
-LONGEST_LINE = 16 << 20
-NumberedRows = Iterator[tuple[int, dict | UserError]]
+from llama.data.text_rows import NumberedRows, read_json, read_json_lines, read_table
 
 
 def read(path: Path, columns: set[str] | None = None) -> NumberedRows:
-    """Yield (number from 1, row) for each row of a .jsonl, .jsonl.gz or .parquet file. A bad row is yielded as the
-    UserError that describes it; an empty line is a bad row.
+    """Yield (number, row) for each row of a file. A bad row is yielded as the UserError that describes it. The number
+    is that of the line in files of lines, and else counts the rows from 1.
 
     `columns`: the fields that are needed. A Parquet file's other columns are not read, unless it has none of these.
-    Memory holds one line, or a few dozen rows of a Parquet file, however large the file is.
+    Memory holds one row, or a few dozen rows of a Parquet file, however large the file is.
 
     Raises UserError for a file that is damaged as a whole, because then nobody can tell how many rows are lost.
     """
+    suffix = suffix_of(path)
     refuse_foreign_file(path)
-    for suffix, reader in READERS.items():
+    return READERS[suffix](path, columns)
+
+
+def suffix_of(path: Path) -> str:
+    """Which of READERS reads this file. Raises UserError where none does."""
+    for suffix in READERS:
         if path.name.endswith(suffix):
-            return reader(path, columns)
-    raise UserError(f"{path}: expected a name ending in {' or '.join(READERS)}")
+            return suffix
+    raise UserError(f"{path}: expected a name ending in {KINDS}")
 
 
-def _read_jsonl(path: Path, columns: set[str] | None) -> NumberedRows:
-    open_file = gzip.open if path.suffix == ".gz" else open
-    number = 0
+def column_names(path: Path) -> list[str]:
+    """The columns that a Parquet file names. [] for other files, where each row has its own names."""
+    if suffix_of(path) != ".parquet":
+        return []
+    import pyarrow.parquet as parquet
+
     try:
-        with open_file(path, "rb") as file:
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) <= LONGEST_LINE:
-                    yield number, _parse_line(line, number, path)
-                    continue
-                size = len(line)
-                while line and not line.endswith(b"\n"):  # read the rest in pieces, and forget them
-                    line = file.readline(LONGEST_LINE)
-                    size += len(line)
-                yield number, UserError(f"{path}:{number}: a line of {size} bytes, expected {LONGEST_LINE} at most")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read as gzip after row {number} ({error})") from None
+        return parquet.read_schema(path).names
+    except _parquet_errors() as error:
+        raise _damaged(path, 0, error) from None
 
 
-def _parse_line(line: bytes, number: int, path: Path) -> dict | UserError:
-    where = f"{path}:{number}"
-    encoding = "utf-8-sig" if number == 1 else "utf-8"  # some editors begin a file with a byte order mark
-    try:
-        row = json.loads(line.decode(encoding), object_pairs_hook=without_repetition)
-    except UnicodeDecodeError as error:
-        return UserError(f"{where}: byte {error.start} is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: not valid JSON ({error})")
-    return row if isinstance(row, dict) else UserError(f"{where}: found {type(row).__name__}, expected a JSON object")
+def _parquet_errors() -> tuple:
+    import pyarrow
+
+    # ImportError: times with a time zone need a package that may be missing.
+    return (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError)
+
+
+def _damaged(path: Path, rows: int, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as Parquet after row {rows} ({one_line(error)})")
 
 
 def _read_parquet(path: Path, columns: set[str] | None) -> NumberedRows:
-    import pyarrow
     import pyarrow.parquet as parquet
 
-    # ImportError: times with a time zone need a package that may be missing.
-    errors = (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError)
+    errors = _parquet_errors()
     number = 0
     try:
         # With a buffer, a column is decompressed page by page. Without one, a whole row group would be in memory,
@@ -83,7 +71,7 @@ def _read_parquet(path: Path, columns: set[str] | None) -> NumberedRows:
                     number += 1
                     yield number, row
     except errors as error:
-        raise UserError(f"{path}: cannot be read as Parquet after row {number} ({one_line(error)})") from None
+        raise _damaged(path, number, error) from None
 
 
 def _rows_of_batch(batch, path: Path, rows_before: int, errors: tuple) -> list[dict | UserError]:
@@ -99,4 +87,7 @@ def _rows_of_batch(batch, path: Path, rows_before: int, errors: tuple) -> list[d
         return rows
 
 
-READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl}
+TEXT_READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_table, ".tsv": read_table}
+COMPRESSED_READERS = {f"{suffix}.gz": reader for suffix, reader in TEXT_READERS.items()}
+READERS = {".parquet": _read_parquet} | TEXT_READERS | COMPRESSED_READERS
+KINDS = ".parquet, .jsonl, .json, .csv or .tsv (these four also with .gz)"

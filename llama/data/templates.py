@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.boundary.errors import UserError
-from llama.data.rows import LONGEST_LINE
+from llama.data.text_rows import LONGEST_LINE
 
 PROMPTS = Path(__file__).parent / "prompts"
 LONGEST_TEMPLATE = 1 << 20

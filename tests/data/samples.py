@@ -101,7 +101,6 @@ GOOD = '{"text": "fine", "label": 1}'
 BAD_ROWS = {
     "broken JSON": ('{"text": "fine", "label": 1', "not valid JSON"),
     "Latin-1": (b'{"text": "caf\xe9", "label": 1}', "byte 13 is not UTF-8"),
-    "blank line": ("", "not valid JSON"),
     "a list": ("[1, 2]", "found list, expected a JSON object"),
     "missing field": ('{"label": 1}', "found fields {'label': int}, expected {text: str, label: int or word}"),
     "no fields": ("{}", "found fields {}, expected"),
@@ -111,7 +110,7 @@ BAD_ROWS = {
     "null text": ('{"text": null, "label": 1}', "'text': NoneType"),
     "null label": ('{"text": "fine", "label": null}', "'label': NoneType"),
     "boolean label": ('{"text": "fine", "label": true}', "'label': bool"),
-    "label as text": ('{"text": "fine", "label": "1"}', "label is '1', expected 0 (negative) or 1 (positive)"),
+    "label as text": ('{"text": "fine", "label": "one"}', "label is 'one', expected 0 (negative) or 1 (positive)"),
     "line breaks in a label": ('{"text": "fine", "label": "1\\n2\\u2028"}', "label is '1\\n2\\u2028'"),
     "fraction as label": ('{"text": "fine", "label": 1.0}', "'label': float"),
     "list as label": ('{"text": "fine", "label": [1]}', "'label': list"),

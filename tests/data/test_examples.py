@@ -311,9 +311,9 @@ def test_files_damaged_as_a_whole_are_refused_even_when_skipping(tmp_path, own_c
 
 def test_files_that_cannot_be_opened_are_named(tmp_path, bundled):
     """R15: one that is not there, a folder, a name of another kind."""
-    (tmp_path / "train.csv").write_text("")
+    (tmp_path / "train.xlsx").write_text("")
     (tmp_path / "folder.jsonl").mkdir()
-    for name, expected in (("train.csv", "expected a name ending in .parquet or .jsonl"),
+    for name, expected in (("train.xlsx", "expected a name ending in .parquet, .jsonl"),
                            ("gone.jsonl", "gone.jsonl: No such file"), ("folder.jsonl", "Is a directory")):
         with pytest.raises(UserError, match=expected) as error:
             encode_file(tmp_path / name, IMDB, bundled, 512)

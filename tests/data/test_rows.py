@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llama.data.rows
+import llama.data.text_rows
 from llama.boundary.errors import UserError
 from llama.data.rows import READERS, read
 
@@ -63,10 +63,10 @@ def test_gzip_files_that_were_joined_are_read_to_the_end(tmp_path):
 
 def test_a_file_of_another_kind_is_refused_and_the_kinds_are_named(tmp_path):
     """R15: nothing is guessed from the content."""
-    for name in ("train.csv", "train.json", "train.gz", "jsonl"):
+    for name in ("train.xlsx", "train.txt", "train.gz", "train.parquet.gz", "jsonl"):
         with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}: expected a name ending in ") as told:
             read(tmp_path / name)
-        assert all(kind in str(told.value) for kind in READERS)
+        assert all(kind.removesuffix(".gz") in str(told.value) for kind in READERS)
 
 
 @pytest.mark.parametrize("content", [
@@ -99,7 +99,6 @@ BAD_LINES = {
     "broken JSON": ('{"text": "fine", "label": 1', "not valid JSON"),
     "no JSON at all": ("text,label", "not valid JSON"),
     "two objects": (GOOD + GOOD, "not valid JSON"),
-    "blank line": ("", "not valid JSON"),
     "raw NUL": ('{"text": "a\0b", "label": 1}', "not valid JSON"),
     "deep nesting": ("[" * 100_000, "not valid JSON"),
     "huge number": ('{"text": "fine", "label": ' + "1" * 5000 + "}", "not valid JSON"),
@@ -151,7 +150,7 @@ def holed(path: Path, megabytes: int, end: bytes) -> int:
 def test_a_line_that_is_too_long_is_a_bad_row_told_with_its_size_and_never_held(tmp_path, monkeypatch):
     """R15: the lines after it are read, and a line four times as long takes no more memory."""
     longest = 1 << 20
-    monkeypatch.setattr(llama.data.rows, "LONGEST_LINE", longest)
+    monkeypatch.setattr(llama.data.text_rows, "LONGEST_LINE", longest)
     path, peaks = tmp_path / "train.jsonl", []
     for megabytes in (4, 16):
         size = holed(path, megabytes, GOOD.encode() + b"\n" + b"{\n")
@@ -171,7 +170,7 @@ def test_a_line_that_is_too_long_is_a_bad_row_told_with_its_size_and_never_held(
 @pytest.mark.parametrize("longer", [-1, 0, 1, 64, 65, 129])
 def test_the_longest_line_is_exactly_as_long_as_said(tmp_path, monkeypatch, longer, end):
     """R15: a byte more is a bad row, wherever the pieces that it is read in end."""
-    monkeypatch.setattr(llama.data.rows, "LONGEST_LINE", 64)
+    monkeypatch.setattr(llama.data.text_rows, "LONGEST_LINE", 64)
     path = tmp_path / "train.jsonl"
     line = b'{"text": "' + b"x" * (64 + longer - 12 - len(end)) + b'"}' + end
     path.write_bytes(line + (GOOD.encode() if end else b""))

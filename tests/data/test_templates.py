@@ -15,8 +15,8 @@ from samples import BUNDLED, REAL, ROOT, loaded
 
 from llama.boundary.errors import UserError
 from llama.data.encoding import Encoded, encode_rows
-from llama.data.rows import LONGEST_LINE
 from llama.data.templates import END, TEMPLATES, Segment, Template
+from llama.data.text_rows import LONGEST_LINE
 from llama.data.tokenizer import Tokenizer
 
 SEEDS = ROOT.parent / "shared" / "seeds"
