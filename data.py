@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,10 @@ from llama.boundary.errors import UserError, as_user_error, printable
 from llama.boundary.hub import find_model
 from llama.boundary.records import setting
 from llama.data.charts import Splits, draw
-from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat
+from llama.data.chat import Renderer
 from llama.data.examples import EncodedData, encode_file
-from llama.data.rows import read
-from llama.data.sources import BUNDLED_SAMPLE, HELD_OUT, PUBLIC_DATASETS, TINY_TOKENIZER, DataSettings, Source, resolve
-from llama.data.templates import TEMPLATES, Template, described
+from llama.data.formats import find_template
+from llama.data.sources import HELD_OUT, TINY_TOKENIZER, DataSettings, Source, resolve
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 
@@ -48,8 +47,10 @@ def main() -> None:
     tiny = settings.model == "tiny"
     tokenizer = load_tokenizer(TINY_TOKENIZER if tiny else find_model(settings.model), settings.control_tokens)
     data = load_data(settings, tokenizer, use_hub=not (tiny and settings.data == "imdb"))
-    splits = {name: part for name, part in (("train", data.train), ("test", data.test)) if part}
-    print("".join(f"{note}\n" for note in tokenizer.notes), end="")
+    splits = {"train": data.train, "test": data.test}
+    splits = {name: part for name, part in splits.items() if part}
+    for note in tokenizer.notes:
+        print(note)
     print_summary(data, splits)
     first = next(iter(splits.values()))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -60,7 +61,8 @@ def main() -> None:
     folder = Path(settings.output or f"runs/{run_name(settings.data)}-shown")
     with as_user_error(f"--output {folder}", "a folder for charts"):
         folder.mkdir(parents=True, exist_ok=True)
-    draw(splits, data.template.answers, settings.max_length, folder, f"{data.source.name} as {data.template.name}")
+    title = f"{data.source.name} as {data.template.name}"
+    draw(splits, data.template.answers, settings.max_length, folder, title)
     print(f"lengths.png and labels.png are in {folder}")
 
 
@@ -102,12 +104,20 @@ class DataSet:
 
     def notes(self) -> list[str]:
         """What a user should know about the data before a run."""
-        lines = [BUNDLED_SAMPLE] if self.source.bundled_sample else []
+        lines = self.warnings()
         if self.bad_row_count:
             lines.append(f"{self.bad_row_count} bad rows were left out, the first: {self.first_bad_rows[0]}")
         tokens, cut = self.train.lengths.mean(), self.train.was_cut.mean()
-        lines += self.template.notes
-        return [*lines, f"{len(self.train)} examples of {tokens:.0f} tokens, {cut:.1%} of them cut"]
+        size = f"{len(self.train)} examples of {tokens:.0f} tokens, {cut:.1%} of them cut"
+        return [*lines, f"{size}, by the template {self.template.name}"]
+
+    def warnings(self) -> list[str]:
+        """What may not be as the user thinks: where rows are from, how they are written, what of them is not used."""
+        lines = [*self.source.notes(), *self.template.notes]
+        names = sorted({name for part in self._files for name in part.unused})
+        if names:
+            lines.append(f"fields of the rows that are not used: {', '.join(f'{name!r:.40}' for name in names)}")
+        return lines
 
     @property
     def _files(self) -> list[EncodedData]:
@@ -127,7 +137,7 @@ def load_data(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True
     fraction = settings.test_fraction
     if "test" in source.files:
         if fraction:
-            found = f"expected a data set without a test file, found {source.files['test']}"
+            found = f"expected a data set without a test file, found {source.files['test'][0]}"
             raise UserError(f"--test_fraction {fraction}: {found}")
         wanted = [split for split in splits if split in source.files]
         encoded = {split: encode_file(source.files[split], template, tokenizer, *limits) for split in wanted}
@@ -148,52 +158,6 @@ def hold_out(examples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def find_template(name: str | None, source: Source, tokenizer: Tokenizer, system: str | None = None) -> Renderer:
-    """The template of this name or file, else of the public data set, else the one that the rows' fields belong to.
-
-    Raises UserError when there is none, or more than one, or its file is not well formed.
-    """
-    if name is None and source.name in PUBLIC_DATASETS:
-        name = source.name
-    elif name is None:
-        name = _guess(next(iter(source.files.values())))
-    if name == "chat" or name in LAYOUTS:
-        return find_chat(name, system, tokenizer, source.files.values())
-    if system:
-        raise UserError(f"--system {system!r:.40}: only conversations have a system turn, found the template {name}")
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if not Path(name).is_file():
-        known = ", ".join([*TEMPLATES, "chat", *LAYOUTS])
-        raise UserError(f"--template {name}: no such file, nor one of {known}")
-    try:
-        return Template(name, Path(name).read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"--template {name}: byte {error.start} is not UTF-8") from None
-
-
-def _guess(path: Path) -> str:
-    """The template whose fields the first good row has."""
-    row = _first_good_row(path)
-    fitting = [name for name, template in TEMPLATES.items() if template.fields <= row.keys()]
-    fitting += ["chat"] if any(fields <= row.keys() for fields in Chat.spellings) else []
-    if len(fitting) == 1:
-        return fitting[0]
-    what = f"fit {' and '.join(fitting)}" if fitting else "are those of no known template"
-    choices = f"say which with --template, {', '.join([*TEMPLATES, 'chat'])} or a file of your own"
-    raise UserError(f"{path}: the fields {described(row)} {what}; {choices}")
-
-
-def _first_good_row(path: Path) -> dict:
-    error = UserError(f"{path}: no rows")
-    for number, row in islice(read(path), 1000):
-        if isinstance(row, dict):
-            return row
-        if number == 1:
-            error = row
-    raise error
-
-
 def run_name(data: str) -> str:
     """The name of a run's folder, from its --data."""
     stem = os.path.basename(os.path.realpath(data)).partition(".")[0]
@@ -202,10 +166,8 @@ def run_name(data: str) -> str:
 
 def print_summary(data: DataSet, splits: Splits) -> None:
     """The template, counts and lengths of each split, how often each answer comes, and what was left out."""
-    if data.source.bundled_sample:
-        print(BUNDLED_SAMPLE)
-    for note in data.template.notes:
-        print(note)
+    for line in data.warnings():
+        print(line)
     held_out = f"; held out: {json.dumps(data.held_out)}" if data.held_out else ""
     print(f"template: {data.template.name}{held_out}")
     print("          examples      tokens    labels    mean    p50    p95    max     cut")

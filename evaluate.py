@@ -25,7 +25,7 @@ from data import DataSet, load_data
 from llama.boundary.errors import UserError, reason
 from llama.boundary.launch import is_local_rank_zero
 from llama.data.examples import EncodedData
-from llama.data.sources import BUNDLED_SAMPLE, PUBLIC_DATASETS
+from llama.data.sources import PUBLIC_DATASETS
 from llama.evaluation.score import answer_ids, evaluate
 from llama.parallel.collectives import gather
 from llama.parallel.processes import compute_dtype, join
@@ -77,10 +77,9 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     if data is None:
         parts = ", ".join(found.source.files)
         raise UserError(f"--split {split}: {settings.data} has no such part, only {parts}")
-    if found.source.bundled_sample and is_local_rank_zero():
-        print(BUNDLED_SAMPLE, file=sys.stderr)
-    if found.template.notes and is_local_rank_zero():
-        print(*found.template.notes, sep="\n", file=sys.stderr)
+    if is_local_rank_zero():
+        for line in found.warnings():
+            print(line, file=sys.stderr)
     if not found.template.answers and (settings.metric == "accuracy" or settings.predictions):
         raise UserError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     return found, data, None if is_whole else split

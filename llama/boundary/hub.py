@@ -28,34 +28,37 @@ def find_model(name: str) -> Path:
         raise UserError(f"--model {name}: not a folder here, and the hub did not give it ({one_line(error)})") from None
 
 
-def download_dataset(repo: str, config: str, splits: dict[str, str]) -> dict[str, Path]:
-    """The first Parquet file of each split, {our name: path}. The hub keeps every data set also as Parquet.
+def download_dataset(repo: str, config: str, splits: dict[str, str]) -> dict[str, tuple[Path, ...]]:
+    """The Parquet files of each split in order, {our name: paths}. The hub keeps every data set also as Parquet.
 
     `splits` maps our name of a split to the hub's. Raises UserError with the reason where the hub does not have it or
     cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    offline = not _is_reachable()
     try:
-        return {
-            split: Path(
-                hf_hub_download(
-                    repo,
-                    f"{config}/{name}/0000.parquet",
-                    repo_type="dataset",
-                    revision="refs/convert/parquet",
-                    etag_timeout=5,
-                    local_files_only=offline,
-                )
-            )
-            for split, name in splits.items()
-        }
+        return {split: _download_split(repo, f"{config}/{name}") for split, name in splits.items()}
     except LocalEntryNotFoundError:
         raise UserError(f"the hub, which has {repo}, cannot be reached") from None
     except Exception as error:  # the hub's client lets any error of its network library through
         raise UserError(f"the hub said: {one_line(error)}") from None
+
+
+def _download_split(repo: str, folder: str) -> tuple[Path, ...]:
+    """The files 0000.parquet, 0001.parquet, ... The first is downloaded last: where it is, all the others are, too, and
+    without the hub nobody else says how many there are."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    where = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
+    first = f"{folder}/0000.parquet"
+    is_offline = not _is_reachable()
+    if not is_offline:
+        found = HfApi().list_repo_tree(repo, folder, **where)
+        names = sorted(entry.path for entry in found if entry.path.endswith(".parquet"))
+        for name in reversed(names):
+            hf_hub_download(repo, name, etag_timeout=5, **where)
+    path = Path(hf_hub_download(repo, first, etag_timeout=5, local_files_only=is_offline, **where))
+    return tuple(sorted(path.parent.glob("*.parquet")))
 
 
 def _is_reachable() -> bool:

@@ -5,15 +5,14 @@ The cache is found by content. It is checked when it is opened, so a damaged fil
 
 import json
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from llama.boundary.progress import Progress
 from llama.data.cache import cached, digest
 from llama.data.chat import Renderer
 from llama.data.encoding import Encoded, encode_rows
-from llama.data.rows import read
-from llama.data.templates import Segment, described
+from llama.data.rendering import RenderedRows, Row
+from llama.data.rows import suffix_of
 from llama.data.tokenizer import Tokenizer
 
 # Rows are tokenized in batches of at most this many rows and, unless a single row is longer, this many characters.
@@ -48,7 +47,7 @@ FILES = TOKENS | EXAMPLES
 class BadRows(UserError):
     """The first few rows that cannot be used, a line each, and how many there are."""
 
-    def __init__(self, path: Path, first_bad_rows: list[str], count: int, rows: int):
+    def __init__(self, path: Path | str, first_bad_rows: list[str], count: int, rows: int):
         total = f"{path}: {count} of {rows} rows cannot be used; fix them, or leave them out with --skip_bad_rows"
         self._lines = [*first_bad_rows, total]
         super().__init__("; ".join(self._lines))
@@ -64,7 +63,8 @@ class EncodedData:
 
     starts, stops (n) int64: where each example lies in tokens. label_counts (n). answers (n): the index of its answer
     word, or -1. rows (n): its number in the file. was_cut (n): whether it lost tokens. `bad_row_count` rows of the file
-    were left out, and `first_bad_rows` says what is wrong with the first few.
+    were left out, and `first_bad_rows` says what is wrong with the first few. `unused`: fields of the file that no
+    example uses.
     """
 
     tokens: np.ndarray  # int32
@@ -78,12 +78,13 @@ class EncodedData:
     crc: int  # of all tokens and labels
     bad_row_count: int
     first_bad_rows: list[str]
+    unused: list[str]
     with_prompts: bool = False
 
     @classmethod
-    def open(cls, folder: Path, path: Path) -> "EncodedData":
-        """What a cache folder holds of the file at `path`. Raises OSError, ValueError, KeyError or TypeError when the
-        folder is damaged."""
+    def open(cls, folder: Path, paths: Sequence[Path]) -> "EncodedData":
+        """What a cache folder holds of the files at `paths`. Raises OSError, ValueError, LookupError or TypeError when
+        the folder is damaged."""
         about = json.loads((folder / "about.json").read_text())
         arrays = {}
         for name, dtype in FILES.items():
@@ -101,7 +102,8 @@ class EncodedData:
             stops=stops,
             crc=about["crc"]["tokens"] ^ about["crc"]["is_answer"],
             bad_row_count=about["bad_row_count"],
-            first_bad_rows=[f"{path}{line}" for line in about["first_bad_rows"]],
+            first_bad_rows=[f"{paths[file]}{line}" for file, line in about["first_bad_rows"]],
+            unused=about["unused"],
         )
 
     def subset(self, chosen: np.ndarray) -> "EncodedData":
@@ -144,7 +146,7 @@ def _size_and_crc(path: Path) -> tuple[int, int]:
 
 
 def encode_file(
-    path: Path,
+    files: Path | Sequence[Path],
     template: Renderer,
     tokenizer: Tokenizer,
     max_length: int,
@@ -152,40 +154,47 @@ def encode_file(
     category: str | None = None,
     skip_bad_rows: bool = False,
 ) -> EncodedData:
-    """Encode the rows of a file (only those of a `category`, if one is given), or reuse what was encoded earlier.
+    """Encode the rows of one file or several, only those of a `category` if one is given, or reuse what was encoded.
 
     The cache's key is the content of the data, of the tokenizer's files and of this room's code, the versions of the
     libraries, and the settings. On each machine one process reports its progress.
 
     Raises BadRows for rows that cannot be used, unless skip_bad_rows, and UserError if no row of the file can be used.
     """
+    paths = [files] if isinstance(files, Path) else files
+    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     code = sorted(Path(__file__).parent.glob("*.py"))
-    before = _identity(path)
-    key = [digest([path, *tokenizer.files, *code]), path.suffix, template.name, template.source]
-    key += [max_length, truncate_side, category, tokenizer.bos_id, tokenizer.eos_id, tokenizer.spelled]
+    before = [_identity(path) for path in paths]
+    key = [digest([*paths, *tokenizer.files, *code]), [suffix_of(path) for path in paths]]
+    key += [template.name, template.source, max_length, truncate_side, category]
+    key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.spelled]
     key += [version("sentencepiece"), version("tokenizers")]
 
     def make(folder: Path) -> None:
-        batches = _batches(_render(path, template, category))
+        rows = RenderedRows(paths, template, category)
         answers = tokenizer.encode_batch(list(template.answers), starts_text=False)
         limits = (max_length, truncate_side, max(map(len, answers), default=0))
-        with Progress(f"encoding {path.name}", "rows", silent=not is_local_rank_zero()) as progress:
-            _write(folder, path, (_encode(batch, tokenizer, limits, progress) for batch in batches))
-        if _identity(path) != before:
-            raise UserError(f"{path}: changed while it was read, expected it to stay as it is")
+        with Progress(f"encoding {Path(name).name}", "rows", silent=not is_local_rank_zero()) as progress:
+            _write(folder, rows, (_encode(batch, tokenizer, limits, progress) for batch in _batches(rows)))
+        if [_identity(path) for path in paths] != before:
+            raise UserError(f"{name}: changed while it was read, expected it to stay as it is")
 
     folder = cached(json.dumps(key), make)
     try:
-        data = EncodedData.open(folder, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = EncodedData.open(folder, paths)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder}: damaged, delete it to have the data encoded again ({error})") from None
+    _check_rows(data, name, skip_bad_rows)
+    return data
+
+
+def _check_rows(data: EncodedData, name: str, skip_bad_rows: bool) -> None:
     bad = data.bad_row_count
     if bad and not skip_bad_rows:
-        raise BadRows(path, data.first_bad_rows, bad, len(data) + bad)
+        raise BadRows(name, data.first_bad_rows, bad, len(data) + bad)
     if not len(data):
         found = f"none of {bad} rows can be used; {data.first_bad_rows[0]}" if bad else "no rows"
-        raise UserError(f"{path}: {found}")
-    return data
+        raise UserError(f"{name}: {found}")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -195,42 +204,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class Row(NamedTuple):
-    """A row of a file: its segments and the index of its answer, or what is wrong with it."""
-
-    where: str  # path:number
-    number: int
-    segments: list[Segment]
-    answer: int
-    error: str = ""
-
-
-def _render(path: Path, template: Renderer, category: str | None) -> Iterator[Row]:
-    """The rows of a file, only of one category where one is given. Raises UserError when no row is of it."""
-    others = Counter()
-    found = False
-    columns = template.columns | ({"category"} if category else set())
-    for number, row in read(path, columns):
-        where = f"{path}:{number}"
-        try:
-            if isinstance(row, UserError):
-                raise row
-            if category is not None and not isinstance(row.get("category"), str):
-                raise UserError(f"{where}: found fields {described(row)}, expected {{category: str}}")
-            if category is not None and row["category"] != category:
-                others[row["category"]] += 1
-                continue
-            found = True
-            segments, answer = template.render(row, where)
-            yield Row(where, number, segments, answer)
-        except UserError as error:
-            yield Row(where, number, [], -1, str(error))
-    if others and not found:
-        known = ", ".join(f"{name!r:.40}" for name, _ in others.most_common(12))
-        raise UserError(f"{path}: no row of category {category!r}, only of {known}")
-
-
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch = []
     characters = 0
     for row in rows:
@@ -245,11 +219,12 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 Examples = list[tuple[Row, Encoded]]
+Errors = list[tuple[Row, str]]
 
 
 def _encode(
     batch: list[Row], tokenizer: Tokenizer, limits: tuple[int, str, int], progress: Progress
-) -> tuple[Examples, list[str]]:
+) -> tuple[Examples, Errors]:
     """The examples of a batch of rows, and what is wrong with the others. `limits`: see `encode_rows`."""
     segments = [row.segments for row in batch if not row.error]
     encoded = iter(encode_rows(segments, tokenizer, *limits))
@@ -261,12 +236,12 @@ def _encode(
             examples.append((row, example))
         else:
             too_long = f"no label is left within --max_length {limits[0]} tokens, expected a shorter row"
-            errors.append(row.error or f"{row.where}: {too_long}")
+            errors.append((row, row.error or f"{row.place}: {too_long}"))
     progress.update(len(batch))
     return examples, errors
 
 
-def _write(folder: Path, path: Path, batches: Iterable[tuple[Examples, list[str]]]) -> None:
+def _write(folder: Path, rows: RenderedRows, batches: Iterable[tuple[Examples, Errors]]) -> None:
     """Append examples to the files of `folder`. Only one batch is in memory, however large the data is."""
     about = {"examples": 0, "tokens": 0, "bad_row_count": 0, "crc": dict.fromkeys(FILES, 0)}
     first_bad_rows = []
@@ -275,10 +250,11 @@ def _write(folder: Path, path: Path, batches: Iterable[tuple[Examples, list[str]
         for examples, errors in batches:
             _append(files, examples, about)
             about["bad_row_count"] += len(errors)
-            for error in errors[: SHOWN - len(first_bad_rows)]:
+            for row, error in errors[: SHOWN - len(first_bad_rows)]:
                 # Without the path: the cache also serves a file of the same content under another path.
-                first_bad_rows.append(" ".join(error.removeprefix(str(path)).splitlines()))
-    (folder / "about.json").write_text(json.dumps(about | {"first_bad_rows": first_bad_rows}))
+                text = error.removeprefix(str(rows.paths[row.file]))
+                first_bad_rows.append((row.file, " ".join(text.splitlines())))
+    (folder / "about.json").write_text(json.dumps(about | {"first_bad_rows": first_bad_rows, "unused": rows.unused}))
 
 
 def _append(files: dict[str, BinaryIO], examples: Examples, about: dict) -> None:

@@ -1,15 +1,16 @@
 """The public data sets, and the files that `--data` and `--data_dir` name."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, first_few
 from llama.boundary.hub import download_dataset
 from llama.boundary.records import Settings, setting
 from llama.data.chat import LAYOUTS
-from llama.data.rows import READERS
+from llama.data.rows import KINDS, READERS
 from llama.data.templates import TEMPLATES
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -17,6 +18,7 @@ TINY_TOKENIZER = ASSETS / "tiny"  # of the built-in model
 SAMPLE = ASSETS / "imdb_sample"
 BUNDLED_SAMPLE = "DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that"
 HELD_OUT = 0.05  # of a data set without a test file
+SHARD = re.compile(r"-(?P<index>\d{1,9})-of-(?P<count>\d{1,9})(-[0-9a-f]+)?$")  # as in train-00000-of-00003.parquet
 
 
 class PublicDataset(NamedTuple):
@@ -46,7 +48,7 @@ class DataSettings(Settings):
 
     data: str = setting(
         "imdb",
-        f"{', '.join(PUBLIC_DATASETS)}; a file ({', '.join(READERS)}); or a folder with train.* and test.*; "
+        f"{', '.join(PUBLIC_DATASETS)}; a file ({KINDS}); or a folder with train.* and test.*; "
         "NAME:CATEGORY for the rows of one category, such as dolly:open_qa",
     )
     data_dir: str | None = setting(
@@ -80,12 +82,21 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set, and whether they are the bundled sample instead of the real one."""
+    """The files of each split, in order, and whether they are the bundled sample instead of the real data set."""
 
     name: str
-    files: dict[str, Path]
+    files: dict[str, tuple[Path, ...]]
     category: str | None = None
     bundled_sample: bool = False
+
+    def notes(self) -> list[str]:
+        """What a user should know: that this is the bundled sample, or only one of several files."""
+        lines = [BUNDLED_SAMPLE] if self.bundled_sample else []
+        for paths in self.files.values():
+            shard = SHARD.search(_stem(paths[0]))
+            if shard and len(paths) < int(shard["count"]):
+                lines.append(f"{paths[0].name} is one of {int(shard['count'])} files; give their folder to use all")
+        return lines
 
 
 def resolve(data: str, data_dir: str | None, use_hub: bool = True) -> Source:
@@ -106,7 +117,7 @@ def resolve(data: str, data_dir: str | None, use_hub: bool = True) -> Source:
     if path.is_dir():
         return Source(data, _split_files(path))
     if path.is_file():
-        return Source(data, {"train": path})
+        return Source(data, {"train": (path,)})
     raise UserError(f"--data {data}: no such file or folder, nor one of the public data sets ({names})")
 
 
@@ -114,7 +125,7 @@ def _resolve_public(name: str, data_dir: str | None, category: str | None, use_h
     if data_dir is not None:
         path = Path(data_dir)
         bundled = os.path.realpath(path) == os.path.realpath(SAMPLE)
-        files = {"train": path} if path.is_file() else _split_files(path)
+        files = {"train": (path,)} if path.is_file() else _split_files(path)
         return Source(name, files, category, bundled)
     try:
         if not use_hub:
@@ -123,32 +134,64 @@ def _resolve_public(name: str, data_dir: str | None, category: str | None, use_h
     except UserError as error:
         if name == "imdb":
             return Source(name, _split_files(SAMPLE), category, bundled_sample=True)
-        wanted = "train" + " or train".join(READERS)
         given = name if category is None else f"{name}:{category}"
-        raise UserError(f"--data {given}: {error}; give --data_dir, a folder with its {wanted}") from None
+        raise UserError(f"--data {given}: {error}; give --data_dir, a folder with its {TRAIN_FILE}") from None
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """{split: file} of a folder: train.* and test.*, where validation.* stands in for a missing one; or else its only
-    data file as train."""
+TRAIN_FILE = f"train.* ({KINDS})"
+
+
+def _split_files(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """{split: files} of a folder: train.* and test.*, where validation.* stands in for a missing one; or else its only
+    data file as train. A split may be several files, as train-00000-of-00002.*."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    groups = _groups(folder)
     found = {}
     for split in ("train", "validation", "test"):
-        paths = [path for path in (folder / f"{split}{suffix}" for suffix in READERS) if path.is_file()]
-        if len(paths) > 1:
-            raise UserError(f"{folder}: both {paths[0].name} and {paths[1].name}; expected one {split} file")
-        if paths:
-            found[split] = paths[0]
+        groups_of_split = [paths for (stem, _), paths in groups.items() if stem == split]
+        if len(groups_of_split) > 1:
+            first, second = (paths[0].name for paths in groups_of_split[:2])
+            raise UserError(f"{folder}: both {first} and {second}; expected one {split} file")
+        if groups_of_split:
+            found[split] = _all_shards(folder, groups_of_split[0])
     if "validation" in found:
         validation = found.pop("validation")
         found.setdefault("test" if "train" in found else "train", validation)
     if found:
         return found
-    readable = [path for path in folder.iterdir() if path.name.endswith(tuple(READERS))]
-    files = sorted(path for path in readable if path.is_file())
-    if len(files) == 1:
-        return {"train": files[0]}
-    wanted = " or ".join("train" + suffix for suffix in READERS)
-    others = f", found {len(files)} others" if files else ""
-    raise UserError(f"{folder}: no train or test file, expected {wanted}{others}")
+    if len(groups) == 1:
+        return {"train": _all_shards(folder, next(iter(groups.values())))}
+    if not groups and (folder / "data").is_dir():  # where a data set's repository on the hub keeps its files
+        return _split_files(folder / "data")
+    others = f", found {len(groups)} others" if groups else ""
+    raise UserError(f"{folder}: no train or test file, expected {TRAIN_FILE}{others}")
+
+
+def _stem(path: Path) -> str:
+    """The name without the suffix of its kind."""
+    return path.name.removesuffix(".gz").rpartition(".")[0]
+
+
+def _groups(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """{(stem, suffix): files} of the data files in a folder, where the files of one split share a stem."""
+    groups = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(tuple(READERS)) and path.is_file():
+            stem = _stem(path)
+            kind = path.name.removeprefix(stem)
+            groups.setdefault((SHARD.sub("", stem), kind), []).append(path)
+    return groups
+
+
+def _all_shards(folder: Path, paths: list[Path]) -> tuple[Path, ...]:
+    """The files of a split in the order of their numbers. Raises UserError where one is missing or there are more."""
+    shards = [SHARD.search(_stem(path)) for path in paths]
+    if len(paths) == 1 and shards[0] is None:
+        return tuple(paths)
+    found = [(int(shard["index"]), int(shard["count"])) if shard else None for shard in shards]
+    count = len(paths)
+    if None in found or sorted(found) != [(index, count) for index in range(count)]:
+        names = first_few([path.name for path in paths])
+        raise UserError(f"{folder}: found {names}, expected every file of one set, from 0 to the number after -of-")
+    return tuple(path for _, path in sorted(zip(found, paths, strict=True)))

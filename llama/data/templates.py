@@ -170,6 +170,8 @@ class Template:
             return field.words.index(value)
         if type(value) not in (int, str):
             raise self._misfit(row, where)
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value):
+            value = int(value)  # all cells of a table are text
         if str(value) in field.words:  # 1 may mean the word "1" or the second word
             raise UserError(
                 f"{where}: {field.name} is the number {value!r:.40}, which is also a word of the template; "
@@ -288,7 +290,7 @@ def _answers(spans: list[Span]) -> tuple[str, ...]:
 # The prompts of the recipes, word for word: copy a file of `prompts/` to write your own.
 # imdb: the notebook's, but its answer begins with the space that the notebook's prompt ends in. A prompt that ends in a
 # space would end in a token that training never saw there. dolly: as in neuronx-distributed's fine-tuning.
-# grammar: llama-recipes'.
-NAMES = ("imdb", "alpaca", "dolly", "quotes", "grammar", "gsm8k")
+# grammar: llama-recipes'. prompt_completion: as TRL joins them. text: all of it is learned, as in pretraining.
+NAMES = ("imdb", "alpaca", "dolly", "quotes", "grammar", "gsm8k", "prompt_completion", "input_output", "text")
 SOURCES = {name: (PROMPTS / f"{name}.txt").read_text(encoding="utf-8") for name in NAMES}
 TEMPLATES = {name: Template(name, source) for name, source in SOURCES.items()}

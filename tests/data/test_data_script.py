@@ -20,8 +20,8 @@ from data import find_template, hold_out, load_data
 from llama.boundary.errors import UserError
 from llama.data.chat import Chat
 from llama.data.examples import BadRows, encode_file
-from llama.data.sources import ASSETS, HELD_OUT, PUBLIC_DATASETS, DataSettings, Source
-from llama.data.templates import TEMPLATES
+from llama.data.sources import ASSETS, BUNDLED_SAMPLE, HELD_OUT, PUBLIC_DATASETS, DataSettings, Source
+from llama.data.templates import TEMPLATES, Template
 from llama.data.tokenizer import Tokenizer
 
 
@@ -99,10 +99,10 @@ def test_a_folder_with_both_files_is_loaded_as_it_is(tmp_path, tokenizer):
     """Nothing is held out of the train file; of two parts only those asked for are encoded."""
     for split, seed in (("train", 0), ("test", 1)):
         write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30 - 10 * seed, seed))
-    both = load(tokenizer, data=str(tmp_path / "set"))
+    both = load(tokenizer, data=str(tmp_path / "set"), template="imdb")
     assert (len(both.train), len(both.test), both.held_out) == (30, 20, None) and both.template is TEMPLATES["imdb"]
     assert set(texts_of(both.train, tokenizer)).isdisjoint(texts_of(both.test, tokenizer))
-    only = load(tokenizer, splits=("test",), data=str(tmp_path / "set"), test_fraction=0.0)
+    only = load(tokenizer, splits=("test",), data=str(tmp_path / "set"), template="imdb", test_fraction=0.0)
     assert only.train is None and only.test.fingerprint == both.test.fingerprint
 
 
@@ -111,14 +111,14 @@ def test_without_a_test_file_part_of_the_rows_is_held_out_and_it_is_told_how(tmp
     path = write_rows(tmp_path / "rows.jsonl", reviews(60))
     everything = texts_of(encode_file(path, TEMPLATES["imdb"], tokenizer, 512), tokenizer)
     for flags, fraction, count in (({}, HELD_OUT, 3), ({"test_fraction": 0.25}, 0.25, 15)):
-        first, second = (load(tokenizer, data=str(path), **flags) for _ in range(2))
+        first, second = (load(tokenizer, data=str(path), template="imdb", **flags) for _ in range(2))
         assert first.held_out == {"fraction": fraction, "seed": 0, "examples": count}
         assert (len(first.train), len(first.test)) == (60 - count, count)
         rows = first.train.rows.tolist() + first.test.rows.tolist()
         texts = texts_of(first.train, tokenizer) + texts_of(first.test, tokenizer)
         assert [everything[row - 1] for row in rows] == texts and sorted(rows) == list(range(1, 61))
         assert second.train.fingerprint == first.train.fingerprint != first.test.fingerprint == second.test.fingerprint
-    whole = load(tokenizer, data=str(path), test_fraction=0.0)
+    whole = load(tokenizer, data=str(path), template="imdb", test_fraction=0.0)
     assert (len(whole.train), whole.test, whole.held_out) == (60, None, None)
 
 
@@ -127,7 +127,7 @@ def test_a_test_fraction_is_refused_where_there_is_a_test_file(tmp_path, tokeniz
     for split in ("train", "test"):
         write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(30))
     with pytest.raises(UserError, match=r"^--test_fraction 0.1: .*without a test file, found .*test.jsonl$"):
-        load(tokenizer, data=str(tmp_path / "set"), test_fraction=0.1)
+        load(tokenizer, data=str(tmp_path / "set"), template="imdb", test_fraction=0.1)
 
 
 def test_settings_of_the_data_reach_the_encoder(tmp_path, tokenizer):
@@ -153,11 +153,14 @@ ROWS = {
     "quotes": {"quote": "It is.", "author": "Me", "tags": ["a"]},
     "grammar": {"sentence": "It are.", "corrections": ["It is."]},
     "gsm8k": {"question": "1 + 1?", "answer": "2"},
+    "prompt_completion": {"prompt": "1 + 1 =", "completion": " 2"},
+    "input_output": {"input": "1 + 1?", "output": "2"},
+    "text": {"text": "Call me Ishmael."},
     "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC_DATASETS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "imdb"])
 def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, tokenizer, name):
     """Also from compressed rows and Parquet, and where the first lines are bad."""
     rows = [ROWS[name]] * 3
@@ -165,30 +168,36 @@ def test_a_file_of_a_known_kind_finds_its_template_by_its_fields(tmp_path, token
     (tmp_path / "rows.jsonl").write_text(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     for file in ("rows.jsonl", "rows.parquet"):
-        found = find_template(None, Source("mine", {"train": tmp_path / file}), tokenizer)
+        found = find_template(None, Source("mine", {"train": (tmp_path / file,)}), tokenizer)
         assert found is TEMPLATES[name] if name != "chat" else found.name == "llama2"
-    named = find_template(None, Source(name, {"train": tmp_path / "nobody looks here"}), tokenizer)
-    assert named.name == found.name
+    if name in PUBLIC_DATASETS and name != "chat":
+        assert find_template(None, Source(name, {"train": (tmp_path / "nobody looks here",)}), tokenizer) is found
     encoded = encode_file(tmp_path / "rows.parquet", found, tokenizer, 512)
     assert len(encoded) == 3 and encoded.label_counts.min() > 0
 
 
 @pytest.mark.parametrize("row, told", [
-    ({"question": "1?", "answer": "2", "text": "x", "label": 1}, "fit imdb and gsm8k"),
+    ({"text": "WIN a prize", "label": 1}, "are those of no known template"),
+    ({"text": "x", "id": 1}, "are those of no known template"),
+    ({"context": "x", "question": "1?", "answer": "2"}, "fit gsm8k, which does not use context"),
+    ({"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]}, "does not use history and system"),
     ({"instruction": "a", "output": "b", "response": "c"}, "fit alpaca and dolly"),
     ({"review": "x", "stars": 3}, "are those of no known template"),
     ({}, "are those of no known template"),
     ({"prompt": "x", "\x1b[31m\nred": 3}, "are those of no known template"),
 ])  # fmt: skip
 def test_fields_that_fit_no_template_or_more_than_one_are_named(tmp_path, tokenizer, row, told):
-    """R15: with the flag that decides and what it may be, in one line."""
+    """A4, D20, R15: with the flag that decides and what it may be, and a template to begin with, which is good."""
     path = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(UserError) as error:
-        find_template(None, Source("mine", {"test": path}), tokenizer)
-    (line,) = error.value.lines
-    assert line.startswith(f"{path}: the fields {{") and told in line and "--template, imdb, " in line
+        find_template(None, Source("mine", {"test": (path,)}), tokenizer)
+    line, *template = error.value.lines
+    assert line.startswith(f"{path}: the fields {{") and told in line and "--template (imdb, " in line
     assert all(repr(name) in line for name in row) and line.isprintable()
-    assert find_template("quotes", Source("mine", {"test": path}), tokenizer) is TEMPLATES["quotes"]
+    if template:
+        Template("my.txt", "\n".join(template)).render(row, "here")
+    assert bool(template) == bool(row)
+    assert find_template("quotes", Source("mine", {"test": (path,)}), tokenizer) is TEMPLATES["quotes"]
 
 
 def test_a_file_without_any_row_has_no_template_to_guess(tmp_path, tokenizer):
@@ -205,7 +214,7 @@ def test_a_file_without_any_row_has_no_template_to_guess(tmp_path, tokenizer):
 
 def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokenizer):
     """The named ones, chat as the tokenizer has it, each layout, and a file of one's own."""
-    source = Source("imdb", {"train": tmp_path / "nobody looks here"})
+    source = Source("imdb", {"train": (tmp_path / "nobody looks here",)})
     for name, template in TEMPLATES.items():
         assert find_template(name, source, tokenizer) is template
     for name, layout in (("chat", "llama2"), ("llama2", "llama2"), ("prompter", "prompter"), ("chatml", "chatml")):
@@ -306,8 +315,8 @@ def test_the_command_prints_the_counts_the_lengths_and_the_balance_of_labels(tmp
     """C51: of both files, every number as counted here; and draws two charts."""
     for split, count in (("train", 43), ("test", 20)):
         write_rows(tmp_path / "set" / f"{split}.jsonl", reviews(count))
-    status, out, err = command(monkeypatch, capsys, "--data", tmp_path / "set", "--max_length", LENGTH, "--output",
-                               tmp_path / "charts")  # fmt: skip
+    status, out, err = command(monkeypatch, capsys, "--data", tmp_path / "set", "--template", "imdb", "--max_length",
+                               LENGTH, "--output", tmp_path / "charts")  # fmt: skip
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "template: imdb"
@@ -341,7 +350,7 @@ def test_the_plain_command_shows_the_bundled_sample_and_says_what_it_is(monkeypa
     """Without any flag; the charts go to a folder under runs, where a second time replaces them."""
     for _ in range(2):
         status, out, _ = command(monkeypatch, capsys, "--show", 2)
-        assert status == 0 and out.startswith(data.BUNDLED_SAMPLE + "\n")
+        assert status == 0 and out.startswith(BUNDLED_SAMPLE + "\n")
         assert len(re.findall(r"--- example |\[\[ (?:posi|nega)tive\]\]", out)) == 4
         assert sorted(path.name for path in Path("runs").iterdir()) == ["imdb-shown"]
     charts_are_whole(Path("runs/imdb-shown"))
@@ -369,7 +378,7 @@ def test_labels_stand_in_brackets_and_control_tokens_are_spelled_out(tmp_path, m
 def test_labels_are_coloured_on_a_terminal_unless_no_colour_is_wanted(tmp_path, monkeypatch, capsys):
     """https://no-color.org: and what is printed is else the same."""
     path = write_rows(tmp_path / "rows.jsonl", reviews(3))
-    flags = ("--data", path, "--show", 2, "--test_fraction", 0)
+    flags = ("--data", path, "--template", "imdb", "--show", 2, "--test_fraction", 0)
     plain = command(monkeypatch, capsys, *flags)[1]
     assert plain.count("[[ positive]]") == plain.count("[[ negative]]") == 1 and "\x1b" not in plain
     coloured = command(monkeypatch, capsys, *flags, terminal=True)[1]
@@ -384,7 +393,7 @@ def test_what_rows_say_never_steers_the_terminal(tmp_path, monkeypatch, capsys, 
     """R16: escape sequences, carriage returns, and characters that turn the direction of text, are spelled out."""
     text = "x\x1b[2J\x1b]0;title\x07y\rz\x08\x9b1m\u202e\u2028!"
     path = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": 1}])
-    status, out, _ = command(monkeypatch, capsys, "--data", path, "--show", 1, terminal=terminal)
+    status, out, _ = command(monkeypatch, capsys, "--data", path, "--template", "imdb", "--show", 1, terminal=terminal)
     assert status == 0 and "x\\x1b[2J\\x1b]0;title\\x07y\\rz\\x08\\x9b1m\\u202e\\u2028!" in out
     left = out.replace("\x1b[1;32m positive\x1b[0m", "") if terminal else out
     assert all(c.isprintable() or c == "\n" for c in left)
@@ -417,7 +426,7 @@ def test_rows_that_were_left_out_are_told_once(tmp_path, monkeypatch, capsys):
     """R15: how many, and the first five of them, though both parts come from the same file."""
     rows = [row | ({"text": " "} if i % 4 == 1 else {}) for i, row in enumerate(reviews(40))]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    status, out, _ = command(monkeypatch, capsys, "--data", path, "--skip_bad_rows")
+    status, out, _ = command(monkeypatch, capsys, "--data", path, "--template", "imdb", "--skip_bad_rows")
     assert status == 0 and out.count("were left out") == 1
     told = out.split("10 bad rows were left out:\n")[1].splitlines()[:-1]
     assert told == [f"  {path}:{number}: text is empty" for number in (2, 6, 10, 14, 18)]
@@ -436,14 +445,14 @@ MISTAKES = {
     "no tokenizer": (["--model", "."], "no tokenizer, expected tokenizer.json or tokenizer.model"),
     "no such template": (["--template", "imbd"], "--template imbd: no such file"),
     "template of other rows": (["--template", "alpaca", "--data", "{good}"], "found fields {'text': str, 'label'"),
-    "a system turn for reviews": (["--data", "{good}", "--system", "Hi"], "only conversations have a system turn"),
+    "a system turn for reviews": (["--data", "imdb", "--system", "Hi"], "only conversations have a system turn"),
     "control tokens of others": (["--template", "chatml", "--data", "{chat}"], "no control token '<|im_start|>'"),
     "no such category": (["--data", "imdb:x", "--data_dir", "{good}"], "expected {category: str}"),
-    "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
-    "too short": (["--data", "{good}", "--max_length", "20"], "--max_length 20"),
+    "bad row": (["--data", "{bad}", "--template", "imdb"], "bad.jsonl:2: not valid JSON"),
+    "too short": (["--data", "{good}", "--template", "imdb", "--max_length", "20"], "--max_length 20"),
     "no rows": (["--data", "{empty}", "--template", "imdb"], "empty.jsonl: no rows"),
-    "charts in a file": (["--data", "{good}", "--output", "{good}"], "--output {good}: File exists"),
-    "charts in no folder": (["--data", "{good}", "--output", "{good}/x"], "--output {good}/x: Not a directory"),
+    "charts in a file": (["--data", "imdb", "--output", "{good}"], "--output {good}: File exists"),
+    "charts in no folder": (["--data", "imdb", "--output", "{good}/x"], "--output {good}/x: Not a directory"),
 }
 
 

@@ -33,7 +33,7 @@ def test_a_named_set_is_found_in_a_folder_and_so_is_a_folder_without_a_name(tmp_
     """The file of each part; where validation stands in, for the one that is missing; else the only file."""
     for file in files:
         (tmp_path / file).write_text("")
-    expected = {split: tmp_path / file for split, file in found.items()}
+    expected = {split: (tmp_path / file,) for split, file in found.items()}
     assert resolve(name, str(tmp_path)) == Source(name, expected)
     assert resolve(f"{name}:open_qa", str(tmp_path)) == Source(name, expected, "open_qa")
     assert resolve(str(tmp_path), None) == Source(str(tmp_path), expected)
@@ -43,8 +43,8 @@ def test_a_named_set_is_found_in_a_folder_and_so_is_a_folder_without_a_name(tmp_
 def test_a_named_set_may_be_a_single_file_and_so_may_a_path(tmp_path, name):
     """R17: the file itself as --data_dir, or as --data."""
     path = write_rows(tmp_path / "rows.jsonl", [])
-    assert resolve(name, str(path)) == Source(name, {"train": path})
-    assert resolve(str(path), None) == Source(str(path), {"train": path})
+    assert resolve(name, str(path)) == Source(name, {"train": (path,)})
+    assert resolve(str(path), None) == Source(str(path), {"train": (path,)})
 
 
 @pytest.mark.parametrize("name", PUBLIC_DATASETS)
@@ -54,11 +54,11 @@ def test_a_named_set_is_had_from_the_hub_under_its_own_address(tmp_path, monkeyp
 
     def download(*address):
         asked.append(address)
-        return {split: tmp_path / split for split in address[2]}
+        return {split: (tmp_path / split,) for split in address[2]}
 
     monkeypatch.setattr(llama.data.sources, "download_dataset", download)
     source = resolve(f"{name}:c", None)
-    assert source == Source(name, {split: tmp_path / split for split in PUBLIC_DATASETS[name].splits}, "c")
+    assert source == Source(name, {split: (tmp_path / split,) for split in PUBLIC_DATASETS[name].splits}, "c")
     assert {"train"} <= set(source.files) <= {"train", "test"}
     assert asked == [tuple(PUBLIC_DATASETS[name])] and re.fullmatch(r"[\w-]+/[\w.-]+", asked[0][0])
     with pytest.raises(UserError, match="no category after the colon"):
@@ -81,7 +81,7 @@ def test_imdb_falls_back_to_the_bundled_sample_and_the_source_says_so(tmp_path, 
     sources += [resolve("imdb", None, use_hub=False), resolve("imdb", str(SAMPLE))]
     for source in sources:
         assert source.bundled_sample and source.name == "imdb" and set(source.files) == {"train", "test"}
-        assert all(path.is_relative_to(ASSETS) and path.is_file() for path in source.files.values())
+        assert all(path.is_relative_to(ASSETS) and path.is_file() for (path,) in source.files.values())
     with pytest.raises(UserError, match="--data alpaca: .*give --data_dir"):
         resolve("alpaca", None, use_hub=False)
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_found_is_named(tmp_path):
         (lambda: resolve("imbd", None), r"^--data imbd: no such file or folder, nor one of the public .*imdb"),
         (lambda: resolve("nowhere.jsonl", None), r"^--data nowhere.jsonl: no such file"),
         (lambda: resolve("imdb", str(tmp_path / "nowhere")), "nowhere: no such folder$"),
-        (lambda: resolve("dolly", str(tmp_path / "none")), "none: no train or test file, expected train.parquet or "),
+        (lambda: resolve("dolly", str(tmp_path / "none")), r"none: no train or test file, expected train.\* \(\.parq"),
         (lambda: resolve(str(tmp_path / "none"), None), "none: no train or test file"),
         (lambda: resolve(str(tmp_path / "many"), None), "many: no train or test file, .*, found 2 others$"),
         (lambda: resolve(str(tmp_path / "two"), None), "two: both train.* and train.*; expected one train file$"),
@@ -103,3 +103,34 @@ def test_what_cannot_be_found_is_named(tmp_path):
         with pytest.raises(UserError, match=expected) as error:
             call()
         assert len(error.value.lines) == 1
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+@pytest.mark.parametrize("ending", ["", "-0f3a9c1e5b7d2468"])
+def test_a_split_of_several_files_is_all_of_them_in_the_order_of_their_numbers(tmp_path, place, ending):
+    """D27: as the hub's repositories hold them, in a folder of their own or in `data`; ten come after nine."""
+    names = [f"train-{i:02}-of-11{ending}.jsonl" for i in range(11)]
+    for name in [*names, "test-00000-of-00001.jsonl", "README.md"]:
+        write_rows(tmp_path / place / name, [])
+    source = resolve(str(tmp_path), None)
+    folder = tmp_path / place
+    assert source.files == {
+        "train": tuple(folder / name for name in names),
+        "test": (folder / "test-00000-of-00001.jsonl",),
+    }
+    assert source.notes() == []
+
+
+def test_a_missing_file_of_several_is_told_and_so_is_a_single_one_that_was_named(tmp_path):
+    """D27: less than the whole is never taken in silence."""
+    for i in (0, 2):
+        write_rows(tmp_path / f"train-0000{i}-of-00003.jsonl", [])
+    with pytest.raises(UserError, match="found 'train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl', expected"):
+        resolve(str(tmp_path), None)
+    one = resolve(str(tmp_path / "train-00002-of-00003.jsonl"), None)
+    assert one.notes() == ["train-00002-of-00003.jsonl is one of 3 files; give their folder to use all"]
+    write_rows(tmp_path / "train-00001-of-00003.jsonl", [])
+    assert len(resolve(str(tmp_path), None).files["train"]) == 3
+    write_rows(tmp_path / "train.jsonl", [])
+    with pytest.raises(UserError, match="expected every file of one set"):
+        resolve(str(tmp_path), None)

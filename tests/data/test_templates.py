@@ -214,7 +214,8 @@ MISFITS = [
     (CHOICE, {"a": "A", "z": 2}, "z is 2, expected 0 (no) or 1 (yes)"),
     (CHOICE, {"a": "A", "z": -1}, "z is -1, expected 0 (no) or 1 (yes)"),
     (CHOICE, {"a": "A", "z": "maybe"}, "z is 'maybe', expected 0 (no) or 1 (yes)"),
-    (CHOICE, {"a": "A", "z": "1"}, "z is '1', expected 0 (no) or 1 (yes)"),
+    (CHOICE, {"a": "A", "z": "2"}, "z is 2, expected 0 (no) or 1 (yes)"),
+    (CHOICE, {"a": "A", "z": "1.0"}, "z is '1.0', expected 0 (no) or 1 (yes)"),
     (CHOICE, {"a": "A", "z": "y\n" * 999}, "z is 'y\\ny"),
     (CHOICE, {"a": "A", "z": 10**60}, "expected 0 (no) or 1 (yes)"),
     (CHOICE, {"a": "A", "z": True}, "found fields {'a': str, 'z': bool}, expected {a: str, z: int or word}"),
@@ -318,6 +319,9 @@ Say yes.
                 "Correct this to standard English: He go .\n---\nCorrected:", " He goes .", []),
     "gsm8k": ({"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, "Question: 1+1?\nAnswer:",
               " 1+1=<<1+1=2>>2\n#### 2", []),
+    "prompt_completion": ({"prompt": "1+1=", "completion": "2"}, "1+1=", "2", []),
+    "input_output": ({"input": "1+1?", "output": "2"}, "1+1?\n", "2", []),
+    "text": ({"text": "Call me Ishmael."}, "", "Call me Ishmael.", []),
 }
 
 
@@ -383,6 +387,8 @@ ROWS: dict[str, Callable[[Text, int], dict]] = {
     "quotes": lambda text, i: {"quote": text(), "author": text() if i % 3 else None},
     "grammar": lambda text, i: {"sentence": text(), "corrections": [text(), text()]},
     "gsm8k": lambda text, i: {"question": text(), "answer": text()},
+    "prompt_completion": lambda text, i: {"prompt": text(), "completion": text()},
+    "input_output": lambda text, i: {"input": text(), "output": text()},
     "user": lambda text, i: {"opening": text(), "speech": text(), "reply": ["", text()], "name": "N" if i % 3 else ""},
 }
 
@@ -439,7 +445,7 @@ def many(request, tokenizer) -> Many:
 
 
 def test_the_properties_are_of_every_built_in_template():
-    assert set(ROWS) == {*TEMPLATES, "user"}
+    assert set(ROWS) == {*TEMPLATES, "user"} - {"text"}  # which has no prompt: see the test of its own
 
 
 def test_the_prompt_at_inference_is_a_strict_prefix_of_what_was_trained_on(many):
@@ -530,7 +536,8 @@ def test_the_prompt_is_cut_first_from_the_chosen_side_and_then_the_end_of_the_an
             assert (length >= fixed) == (kept == answer)
             outcomes.add("whole" if not was_cut else "prompt cut" if kept == answer else "answer cut")
     # Every case has come up: only words are never cut, only some prompts are.
-    never = {"answer cut"} if template.answers else {"prompt cut"} if name in ("quotes", "grammar", "gsm8k") else set()
+    cut_nowhere = ("quotes", "grammar", "gsm8k", "prompt_completion", "input_output")
+    never = {"answer cut"} if template.answers else {"prompt cut"} if name in cut_nowhere else set()
     assert outcomes == {"whole", "prompt cut", "answer cut", "none"} - never
 
 
