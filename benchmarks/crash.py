@@ -180,9 +180,10 @@ class Runner:
             make_model(scratch / "model")
         os.environ.update(LLAMA_CACHE=str(scratch / "cache"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
                           PYTHONPATH=str(ROOT))  # or the server of forks would not find fsdp_train to preload it
-        self.arguments = ["--data", str(data), "--model", str(scratch / "model"), "--batch_size", "2", "--max_length",
-                          "96", "--max_steps", str(STEPS), "--eval_every", "2", "--eval_limit", "4", "--save_every",
-                          "1", "--dtype", "float32", "--learning_rate", "1e-3", *SCENARIOS[scenario]]
+        self.arguments = ["--data", str(data), "--template", "imdb", "--model", str(scratch / "model"), "--batch_size",
+                          "2", "--max_length", "96", "--max_steps", str(STEPS), "--eval_every", "2", "--eval_limit",
+                          "4", "--save_every", "1", "--dtype", "float32", "--learning_rate", "1e-3",
+                          *SCENARIOS[scenario]]
 
     def run(self, out: Path, fault: Fault | None = None, kill_after: float = 0.0, victims: tuple = ()) -> Outcome:
         """Start, or resume where there is something to resume; `victims` are killed after so many seconds."""

@@ -77,8 +77,8 @@ def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(
 ):
     """C51, C54: one line per review in the file's order; stdout is the result and nothing else."""
     written, predictions = tmp_path / "new folder/result.json", tmp_path / "predictions.jsonl"
-    arguments = ("--model", exported, "--data", reviews, "--batch_size", 4, "--dtype", "float32", "--output", written,
-                 "--predictions", predictions)  # fmt: skip
+    arguments = ("--model", exported, "--data", reviews, "--template", "imdb", "--batch_size", 4, "--dtype", "float32",
+                 "--output", written, "--predictions", predictions)  # fmt: skip
     if how == "called":
         status, out, err = command(monkeypatch, capsys, *arguments)
     else:
@@ -109,7 +109,8 @@ def test_what_the_models_files_hold_and_nothing_uses_is_announced_on_stderr(
     shutil.copytree(exported, folder)
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"attention_dropout": 0.1, "new\n": [], "absent": None}))
-    status, out, err = command(monkeypatch, capsys, "--model", folder, "--data", reviews, "--dtype", "float32")
+    status, out, err = command(monkeypatch, capsys, "--model", folder, "--data", reviews, "--template", "imdb",
+                               "--dtype", "float32")  # fmt: skip
     assert status == 0 and json.loads(out)["n"] == 23
     assert err == f"{folder / 'config.json'}: not used: 'attention_dropout', 'new\\n'"
 
@@ -118,7 +119,8 @@ def test_perplexity_is_the_exponential_of_the_loss_over_every_token(exported, re
     """C52: of a limited choice from a named part of a folder."""
     (tmp_path / "test.jsonl").write_text(reviews.read_text())
     status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", tmp_path, "--metric", "perplexity",
-                               "--limit", 6, "--dtype", "float32", "--output", tmp_path / "result.json")  # fmt: skip
+                               "--template", "imdb", "--limit", 6, "--dtype", "float32", "--output",
+                               tmp_path / "result.json")  # fmt: skip
     assert status == 0 and json.loads(out) == json.loads((tmp_path / "result.json").read_text()), err
     encoded = encode_file(reviews, IMDB, load_tokenizer(BUNDLED), 512)
     chosen = sample_indices(23, 6).tolist()
@@ -143,7 +145,8 @@ def test_a_held_out_part_of_a_file_is_scored_when_asked_for_and_named_in_the_res
     for split, chosen in (("test", test), ("train", train)):
         status, out, err = command(
             monkeypatch, capsys, "--model", exported, "--data", path, "--test_fraction", 0.25, "--split", split,
-            "--skip_bad_rows", "--dtype", "float32", "--predictions", tmp_path / "predictions.jsonl")
+            "--template", "imdb", "--skip_bad_rows", "--dtype", "float32", "--predictions",
+            tmp_path / "predictions.jsonl")
         assert status == 0, err
         result = json.loads(out)
         loss, accuracy, n, _ = example_by_example(plain_model(), encoded, words, indices=chosen.tolist())
@@ -188,7 +191,7 @@ def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, re
     for metric in (None, "accuracy", "loss", "perplexity"):
         flags = ["--metric", metric] if metric else []
         status, out, _ = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--dtype", "float32",
-                                 *flags)  # fmt: skip
+                                 "--template", "imdb", *flags)  # fmt: skip
         assert status == 0
         result[metric] = {name: value for name, value in json.loads(out).items() if "second" not in name}
     assert result[None] == result["accuracy"] and "perplexity" not in result[None]
@@ -206,8 +209,10 @@ MISTAKES = {
     "too long": (["--max_length", "100000"], "--max_length 100000: the model was made for at most 2048 tokens"),
     "too short": (["--max_length", "20"], "reviews.jsonl:1: no label is left within --max_length 20 tokens"),
     "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
-    "accuracy of free text": (["--data", "{free}", "--metric", "accuracy"], "--metric accuracy: expected a template"),
-    "predicted free text": (["--data", "{free}", "--predictions", "p"], "--metric accuracy: expected a template with"),
+    "accuracy of free text": (["--data", "{free}", "--template", "gsm8k", "--metric", "accuracy"],
+                              "--metric accuracy: expected a template"),
+    "predicted free text": (["--data", "{free}", "--template", "gsm8k", "--predictions", "p"],
+                            "--metric accuracy: expected a template with"),
     "fraction beside a test file": (["--data", "imdb", "--data_dir", str(ROOT / "assets" / "imdb_sample"),
                                      "--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
     "nothing held out": (["--data", "{parts}", "--test_fraction", "0", "--split", "test"], "--split test: "),
@@ -240,7 +245,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tm
 
     arguments, expected = MISTAKES[case]
     arguments = [argument.format(**places) for argument in arguments]
-    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--limit", 2, *arguments)
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--template", "imdb",
+                               "--limit", 2, *arguments)  # fmt: skip
     lines = {"bad row": 2, "too short": 6}.get(case, 1)  # the first five bad rows, and how many there are
     assert status == 2 and len(err.splitlines()) == lines and expected.format(**places) in err.splitlines()[0], err
     assert not dist.is_initialized() and (not out or case == "result cannot be written")

@@ -86,8 +86,8 @@ def run(ranks, folders, data, cache, tmp_path):
 
 def settings(model: Path, data: Path, output: Path, size: int = 1, **changes) -> TrainingSettings:
     """Of 3 steps an epoch, 4 in all."""
-    base = dict(model=str(model), data=str(data), output=str(output), epochs=2.0, batch_size=4 // size, max_length=192,
-                max_steps=4, dtype="float32", eval_limit=8, learning_rate=1e-2)
+    base = dict(model=str(model), data=str(data), template="imdb", output=str(output), epochs=2.0,
+                batch_size=4 // size, max_length=192, max_steps=4, dtype="float32", eval_limit=8, learning_rate=1e-2)
     return TrainingSettings(**(base | changes)).with_recipe(size)
 
 
@@ -249,7 +249,8 @@ def test_evaluate_and_a_continued_run_begin_where_the_adapter_ended(
     told = {}
     for name, flags in (("with", ["--adapter", first / "adapter"]), ("without", [])):
         status, out, err = command(evaluate, monkeypatch, capsys, "--model", folders["untied"], "--data", data,
-                                   "--limit", 8, "--max_length", 192, "--dtype", "float32", "--quantize", kind, *flags)
+                                   "--template", "imdb", "--limit", 8, "--max_length", 192, "--dtype", "float32",
+                                   "--quantize", kind, *flags)
         assert status == 0, err
         told[name] = json.loads(out)
     assert told["with"]["loss"] == pytest.approx(after["loss"], abs=1e-5) and told["with"]["n"] == 8
@@ -492,8 +493,8 @@ def test_an_export_needs_the_weights_that_the_run_began_with(run, folders, data,
 
 def test_a_tiny_run_of_frozen_layers_exports_with_the_weights_it_drew(ranks, data, cache, tmp_path):
     """R24: what was frozen is not in the checkpoint; the seed is."""
-    chosen = TrainingSettings(data=str(data), output=str(tmp_path / "out"), max_length=192, train_layers="last:1",
-                                 max_steps=2, batch_size=4, eval_limit=8, seed=3).with_recipe(1)
+    chosen = TrainingSettings(data=str(data), template="imdb", output=str(tmp_path / "out"), max_length=192,
+                              train_layers="last:1", max_steps=2, batch_size=4, eval_limit=8, seed=3).with_recipe(1)
     ranks(1, train_here, cache, chosen)
     export(published(tmp_path / "out/checkpoints")[-1], tmp_path / "exported")
     expected = (tmp_path / "out/model/model.safetensors").read_bytes()

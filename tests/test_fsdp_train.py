@@ -64,8 +64,9 @@ def write_questions(path: Path, count: int = 40, bad: int = 0) -> Path:
 
 
 def settings(data: Path, output: Path, **changes) -> TrainingSettings:
-    base = dict(data=str(data), output=str(output), epochs=2.0, batch_size=2, max_length=192, dtype="float32",
-                eval_limit=4, learning_rate=1e-3)
+    template = "imdb" if data.is_dir() else None  # a folder of reviews, or a file of questions
+    base = dict(data=str(data), template=template, output=str(output), epochs=2.0, batch_size=2, max_length=192,
+                dtype="float32", eval_limit=4, learning_rate=1e-3)
     return TrainingSettings(**(base | changes)).with_recipe(1)
 
 
@@ -366,7 +367,8 @@ def test_a_run_leaves_what_the_readme_says_and_nothing_else(uninterrupted):
 def test_the_plain_command_runs_twice_and_keeps_the_first_result(tmp_path):
     """R17: the README's command on one process; the second run gets a folder of its own."""
     data = write_reviews(tmp_path / "data")
-    arguments = ("--data", str(data), "--max_steps", "2", "--batch_size", "4", "--eval_limit", "8")
+    arguments = ("--data", str(data), "--template", "imdb", "--max_steps", "2", "--batch_size", "4",
+                 "--eval_limit", "8")
     first = run_command(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
     assert first.returncode == 0, first.stderr
     run = tmp_path / "runs/data-tiny"
@@ -412,7 +414,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(data, tmp_path, case, monkeypat
     arguments, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("")
-    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), "--batch_size", "4", *arguments])
+    monkeypatch.setattr(sys, "argv", ["fsdp_train.py", "--data", str(data), "--template", "imdb", "--batch_size", "4",
+                                      *arguments])
     with pytest.raises(SystemExit) as stopped:
         fsdp_train.run(fsdp_train.main)
     told = capsys.readouterr().err.strip().splitlines()
@@ -468,7 +471,7 @@ def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(data, cache, tmp_p
     nodes = [
         subprocess.Popen(
             [*launcher(1, *address, "--node_rank", str(rank)), str(ROOT / "fsdp_train.py"), "--data", str(where),
-             "--output", str(tmp_path / "out")],
+             "--template", "imdb", "--output", str(tmp_path / "out")],
             env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank, where in enumerate([data, tmp_path / "nowhere"])
     ]
@@ -643,8 +646,8 @@ fsdp_train.train_step = train_step
 def test_killing_one_rank_ends_all_and_names_it(data, cache, uninterrupted, tmp_path, killed_rank):
     """R9: kill -9 mid-step under torchrun; then --resume finishes the run from the newest whole checkpoint."""
     out = tmp_path / "out"
-    arguments = ("--data", data, "--output", out, "--batch_size", 2, "--save_every", 2, "--eval_limit", 4, "--epochs",
-                 2, "--max_length", 192, "--dtype", "float32", "--learning_rate", 1e-3)
+    arguments = ("--data", data, "--template", "imdb", "--output", out, "--batch_size", 2, "--save_every", 2,
+                 "--eval_limit", 4, "--epochs", 2, "--max_length", 192, "--dtype", "float32", "--learning_rate", 1e-3)
     with Torchrun(tmp_path, cache, *arguments, wrong=DIES.format(rank=killed_rank)) as run:
         status, told = run.end()
     assert status != 0 and re.search(rf"rank\s*:\s*{killed_rank}\b", told) and "-9" in told, told[-3000:]

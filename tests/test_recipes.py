@@ -105,8 +105,8 @@ def test_a_recipe_starts_with_another_model_and_data(ranks, path, model, data, t
 @pytest.mark.slow
 def test_the_laptop_recipe_learns_and_its_run_json_gives_the_same_run_again(model, data, tmp_path):
     """As a command, on reviews of six words; then replayed from its own run.json, bit for bit."""
-    changes = ["--model", model, "--data", data, "--learning_rate", "1e-2", "--max_steps", "8", "--epochs", "20",
-               "--max_length", "192"]
+    changes = ["--model", model, "--data", data, "--template", "imdb", "--learning_rate", "1e-2", "--max_steps", "8",
+               "--epochs", "20", "--max_length", "192"]
     done = run_command("--config", ROOT / "recipes/classifier-laptop.json", *changes, "--output", "first",
                        cwd=tmp_path, cache=tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -49,15 +49,15 @@ def cache(tmp_path_factory) -> Path:
 
 
 def settings(data: Path, out: Path, **changes) -> TrainingSettings:
-    chosen = dict(data=str(data), output=str(out), batch_size=2, save_every=2, eval_limit=4, epochs=2.0, eval_every=0,
-                  dtype="float32", max_length=192)
+    chosen = dict(data=str(data), template="imdb", output=str(out), batch_size=2, save_every=2, eval_limit=4,
+                  epochs=2.0, eval_every=0, dtype="float32", max_length=192)
     return TrainingSettings(**(chosen | changes)).with_recipe(2)
 
 
 def arguments(data: Path, out: Path) -> list[str]:
     """The same settings for the command line."""
     return ["--data", str(data), "--output", str(out), "--batch_size", "2", "--save_every", "2", "--eval_limit", "4",
-            "--epochs", "2", "--eval_every", "0", "--dtype", "float32", "--max_length", "192"]
+            "--epochs", "2", "--eval_every", "0", "--dtype", "float32", "--max_length", "192", "--template", "imdb"]
 
 
 @pytest.fixture(scope="module")

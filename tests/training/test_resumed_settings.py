@@ -29,8 +29,8 @@ def cache(tmp_path_factory) -> Path:
 
 
 def settings(data: Path, out: Path, **changes) -> TrainingSettings:
-    chosen = dict(data=str(data), output=str(out), epochs=2.0, batch_size=4, max_length=192, dtype="float32",
-                  eval_limit=4, learning_rate=1e-3, eval_every=0)
+    chosen = dict(data=str(data), template="imdb", output=str(out), epochs=2.0, batch_size=4, max_length=192,
+                  dtype="float32", eval_limit=4, learning_rate=1e-3, eval_every=0)
     return TrainingSettings(**(chosen | changes)).with_recipe(1)
 
 

@@ -159,8 +159,8 @@ def data(tmp_path_factory) -> Path:
 def test_a_run_passes_on_what_it_writes_also_when_it_is_resumed(ranks, data, tmp_path):
     """Killed in step 4 after a checkpoint of step 2: the tracker has every step once, as metrics.jsonl has."""
     out = tmp_path / "out"
-    chosen = partial(TrainingSettings, data=str(data), output=str(out), epochs=2.0, batch_size=2, max_length=192,
-                     eval_limit=4, eval_every=3, save_every=2, track="wandb")  # fmt: skip
+    chosen = partial(TrainingSettings, data=str(data), template="imdb", output=str(out), epochs=2.0,
+                     batch_size=2, max_length=192, eval_limit=4, eval_every=3, save_every=2, track="wandb")  # fmt: skip
     logged = []
     for changes, die_in_step in (({}, 4), ({"resume": "newest"}, None)):
         logged += ranks(1, tracked, tmp_path / "cache", chosen, changes, die_in_step)[0]
