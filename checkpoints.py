@@ -27,6 +27,7 @@ from llama.storage.checkpoint import load_checkpoint
 from llama.storage.manifest import PIN, best, find, published, read_manifest, verify
 from llama.storage.peft import Adapter, save_adapter
 from llama.storage.pretrained import export_model
+from llama.training.model_card import companions_of_checkpoint
 from llama.training.state import trained_parameters
 from lora import Changes
 
@@ -120,6 +121,9 @@ def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | Non
     if base.folder and base.fingerprint != fingerprint:
         changed = f"other weights or another config.json than those in {base.folder} now"
         raise UserError(f"{saved}: the run began with {changed}")
+    beside = companions_of_checkpoint(saved.parents[1], base, manifest)
+    if beside.card is None:
+        announce([f"{saved.parents[1] / 'run.json'}: does not say how prompts were made: no model card"])
     with join() as process:
         verify(saved, manifest)
         distribute(model, process, torch.float32)
@@ -127,9 +131,9 @@ def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | Non
             base.load(model, seed)
         load_checkpoint(saved, {"model": trained_parameters(model)})
         if adapter:
-            save_adapter(model, out, adapter, base.name)
+            save_adapter(model, out, adapter, base.name, beside)
         else:
-            export_model(model, out, base.config_json, base.tokenizer.files, dtype)
+            export_model(model, out, base.config_json, beside, dtype)
         rounded = "" if adapter else f"; {base.about_export(model, dtype)}"
         if process.is_rank_zero:
             print(f"{out}: {'the adapter' if adapter else 'the model'} after step {manifest.step}{rounded}")

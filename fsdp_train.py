@@ -38,7 +38,7 @@ from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process, join
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
-from llama.storage.peft import adapter_notes, save_adapter
+from llama.storage.peft import save_adapter
 from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.training.plan import COUNTS, Plan, make_plan
@@ -114,8 +114,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
         report.say(f"{plan.output} is finished already, after step {plan.steps} of {plan.steps}")
         return
     model, optimizer = build(settings, task, process, plan)
-    notes = [*task.base.notes, *adapter_notes(settings.adapter), *task.data.notes()]
-    report.begin(model, task.data.counts() | {"answers": len(task.words or [])}, notes)
+    report.begin(model, task.base, task.data)
     saver = Saver(plan.output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     current = Run(settings, task, process, plan, model, optimizer, saver, report)
     before = report.held_out(0, evaluate_held_out(current)) if plan.first_step == 0 else report.held_out_before()
@@ -128,11 +127,11 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
     saver.wait()
     if plan.first_step == plan.steps:  # resumed after the last step: run_steps has done and measured nothing
         after = evaluate_held_out(current)
-    report.check()
+    beside = report.companions(task.base, before, after)  # the tokenizer's files, a model card
     if adapter:
-        save_adapter(model, result, adapter, task.base.name, replace=True)
+        save_adapter(model, result, adapter, task.base.name, beside, replace=True)
     else:
-        export_model(model, result, task.base.config_json, task.base.tokenizer.files, task.base.dtype, replace=True)
+        export_model(model, result, task.base.config_json, beside, task.base.dtype, replace=True)
         report.say(task.base.about_export(model))
     report.finish(result.name, totals, before, after, time.perf_counter() - began)
 

@@ -39,6 +39,7 @@ from llama.storage.base import Base
 from llama.storage.peft import Adapter, adapter_notes, load_adapter, read_adapter
 from llama.storage.pretrained import export_model
 from llama.storage.rounding import Rounding
+from llama.training.model_card import companions_of_merge
 
 
 class LoRALinear(nn.Linear):
@@ -257,9 +258,7 @@ def train_only(model: Llama, parts: list[str]) -> None:
             model.layers[-int(count) :].requires_grad_(True)
             continue
         if model.config.tie_word_embeddings and name in both_ends and not both_ends <= set(parts):
-            raise UserError(
-                f"--train_layers {part}: lm_head and embed_tokens are one matrix here, expected both or neither"
-            )
+            raise UserError(f"--train_layers {part}: lm_head and embed_tokens are one matrix, expected both or neither")
         getattr(model, name).requires_grad_(True)
 
 
@@ -289,7 +288,7 @@ def main() -> None:
         if not all_finite(model, rounding.dtype):
             problem = f"a weight is not finite in {rounding.dtype_name}, so nothing was written"
             raise UserError(f"{settings.model} with {settings.adapter}: {problem}")
-        export_model(model, output, base.config_json, base.tokenizer.files, rounding.dtype)
+        export_model(model, output, base.config_json, companions_of_merge(base, Path(settings.adapter)), rounding.dtype)
         about = rounding.sentence("use --dtype float32, or keep the adapter beside its base")
         if process.is_rank_zero:
             print(f"{output}: {settings.model} with {settings.adapter} folded in; {about}")

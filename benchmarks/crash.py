@@ -238,6 +238,7 @@ def make_model(folder: Path) -> None:
     from llama.model import Llama, ModelConfig
     from llama.storage import pretrained
     from llama.storage.base import TINY_TOKENIZER, config_to_json
+    from llama.storage.companions import Companions
 
     tokenizer = load_tokenizer(TINY_TOKENIZER)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -245,7 +246,7 @@ def make_model(folder: Path) -> None:
                          max_position_embeddings=128)
     model = Llama(config)
     pretrained.initialize_weights(model, seed=0)
-    pretrained.export_model(model, folder, config_to_json(config), tokenizer.files)
+    pretrained.export_model(model, folder, config_to_json(config), Companions(tokenizer.files))
 
 
 def contents(out: Path) -> dict[str, object]:

@@ -34,6 +34,7 @@ from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.storage import pretrained
 from llama.storage.base import TINY_TOKENIZER, Base, config_to_json
+from llama.storage.companions import Companions
 from llama.storage.manifest import published
 from llama.training.optim import build_adamw
 from llama.training.settings import TrainingSettings
@@ -56,7 +57,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         model = Llama(config)
         pretrained.initialize_weights(model, seed=0)
         made[name] = tmp_path_factory.mktemp("folders") / name
-        pretrained.export_model(model, made[name], config_to_json(config), [TINY_TOKENIZER / "tokenizer.model"])
+        pretrained.export_model(model, made[name], config_to_json(config),
+                                Companions([TINY_TOKENIZER / "tokenizer.model"]))
     return made
 
 
@@ -157,8 +159,9 @@ def test_a_run_with_an_adapter_is_the_same_on_any_number_of_ranks(run, sizes, ch
     assert len(expected) == 4 and summary_of(outs[1])["after"]["loss"] < summary_of(outs[1])["before"]["loss"] - 0.05
     for size, out in outs.items():
         assert losses_of(out) == pytest.approx(expected, abs=tolerance)
-        assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json",
-                                                                      "adapter_model.safetensors"]
+        written = {path.name for path in (out / "adapter").iterdir()}
+        beside = {"README.md", "generation_config.json", "tokenizer.model"}
+        assert written == {"adapter_config.json", "adapter_model.safetensors"} | beside
         assert not (out / "model").exists() and size == json.loads((out / "run.json").read_text())["ranks"]
         state = final_state(out)
         assert state and all(".lora_" in name for name in state)

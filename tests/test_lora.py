@@ -44,6 +44,7 @@ from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.storage import pretrained
 from llama.storage.base import config_to_json
+from llama.storage.companions import Companions
 from llama.storage.peft import Adapter, load_adapter, read_adapter
 from llama.storage.rounding import Rounding
 from llama.training.optim import build_adamw
@@ -413,8 +414,8 @@ def test_only_the_named_parts_are_trained(parts, expected):
 
 @pytest.mark.parametrize("parts, expected", [
     (["last:3"], "--train_layers last:3: the model has 2 layers"),
-    (["lm_head"], "--train_layers lm_head: lm_head and embed_tokens are one matrix here, expected both or neither"),
-    (["norm", "embed_tokens"], "--train_layers embed_tokens: lm_head and embed_tokens are one matrix here"),
+    (["lm_head"], "--train_layers lm_head: lm_head and embed_tokens are one matrix, expected both or neither"),
+    (["norm", "embed_tokens"], "--train_layers embed_tokens: lm_head and embed_tokens are one matrix"),
 ], ids=str)  # fmt: skip
 def test_a_part_that_the_model_does_not_have_alone_is_refused(parts, expected):
     """R18: more layers than there are; one end of a tied matrix."""
@@ -519,7 +520,7 @@ def folder(tmp_path_factory) -> Path:
     model = Llama(replace(BLOCKS, vocab_size=1280))
     pretrained.initialize_weights(model, seed=0)
     folder = tmp_path_factory.mktemp("folder") / "base"
-    pretrained.export_model(model, folder, config_to_json(model.config), [TOKENIZER], torch.float32)
+    pretrained.export_model(model, folder, config_to_json(model.config), Companions([TOKENIZER]), torch.float32)
     return folder
 
 
@@ -629,7 +630,7 @@ def places(ranks, folder, saved, tmp_path_factory) -> dict[str, Path]:
         (places[name] / "adapter_config.json").write_text(json.dumps(about | change))
     narrow = Llama(replace(ODD, vocab_size=1280))
     pretrained.initialize_weights(narrow, seed=0)
-    pretrained.export_model(narrow, places["narrow"], config_to_json(narrow.config), [TOKENIZER])
+    pretrained.export_model(narrow, places["narrow"], config_to_json(narrow.config), Companions([TOKENIZER]))
     ranks(1, write_adapter, places["narrow"], places["on_narrow"], Adapter(4, 6.0))
     return places
 

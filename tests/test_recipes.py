@@ -14,6 +14,7 @@ from llama.boundary.config_file import flags_from
 from llama.model import Llama, ModelConfig
 from llama.storage import pretrained
 from llama.storage.base import TINY_TOKENIZER, config_to_json
+from llama.storage.companions import Companions
 from llama.training.settings import TrainingSettings
 
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
@@ -80,7 +81,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "small"
     small = Llama(CONFIG)
     pretrained.initialize_weights(small, seed=0)
-    pretrained.export_model(small, folder, config_to_json(CONFIG), [TINY_TOKENIZER / "tokenizer.model"])
+    pretrained.export_model(small, folder, config_to_json(CONFIG), Companions([TINY_TOKENIZER / "tokenizer.model"]))
     return folder
 
 

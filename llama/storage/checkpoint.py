@@ -100,7 +100,7 @@ def _write(
         if is_rank_zero():
             for left_over in [*folder.glob("step-*.tmp"), *folder.glob(f"step-*{DELETING}")]:
                 _remove(left_over)  # of a run that died while it wrote or deleted it
-    with atomic_folder(folder / f"step-{manifest.step:06d}", lambda name: True, group) as unfinished:
+    with atomic_folder(folder / f"step-{manifest.step:06d}", lambda name: "/" not in name, group) as unfinished:
         for stem, named in parts.items():
             write_tensors(named, unfinished, stem, group=group)
         with fail_together(unfinished, group):

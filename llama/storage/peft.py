@@ -18,6 +18,7 @@ from llama.boundary.untrusted import read_json
 from llama.parallel.collectives import fail_together, is_rank_zero
 from llama.parallel.shards import local_slice, sharded_parameters
 from llama.storage.atomic import atomic_folder
+from llama.storage.companions import NO_COMPANIONS, Companions
 from llama.storage.slices import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
@@ -70,8 +71,16 @@ class _Numbers:
     use_dora: bool = setting(False)
 
 
-def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base: str, replace: bool = False) -> None:
-    """Write a folder that PEFT opens; it appears under its name once it is whole. Collective.
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    adapter: Adapter,
+    base: str,
+    beside: Companions = NO_COMPANIONS,
+    replace: bool = False,
+) -> None:
+    """Write a folder that PEFT opens, with what is `beside` the weights; it appears under its name once it is whole.
+    Collective.
 
     Raises UserError, on every rank, if the name is taken or any rank cannot write.
     """
@@ -92,9 +101,14 @@ def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base: str, re
         "use_dora": adapter.variant == "dora",
         "inference_mode": True,
     }
-    with atomic_folder(folder, {CONFIG, f"{WEIGHTS}.safetensors"}.__contains__, replace=replace) as unfinished:
+
+    def is_ours(name: str) -> bool:
+        return beside.owns(name) or name in (CONFIG, f"{WEIGHTS}.safetensors")
+
+    with atomic_folder(folder, is_ours, replace=replace) as unfinished:
         with fail_together(unfinished):
             if is_rank_zero():
+                beside.write(unfinished)
                 write_durably(unfinished / CONFIG, json.dumps(about, indent=2) + "\n")
         write_tensors(tensors, unfinished, WEIGHTS)
 

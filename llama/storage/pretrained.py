@@ -2,24 +2,24 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llama.boundary.durable import sync, write_durably
+from llama.boundary.durable import write_durably
 from llama.model import Llama, ModelConfig
 from llama.model.quantize import QuantizedLinear
 from llama.parallel.collectives import fail_together, is_rank_zero
 from llama.parallel.shards import draw, local_slice, sharded_parameters
 from llama.storage.atomic import atomic_folder
+from llama.storage.companions import NO_COMPANIONS, Companions
 from llama.storage.slices import Sink, read_tensors, write_tensors
 
-# The names of files that an export writes. A left-over folder with any other file in it is not ours to delete.
-EXPORTED = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer[^/]*")
+# The names of files that an export writes, beside its companions.
+EXPORTED = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def load_weights(model: Llama, folder: str | Path) -> None:
@@ -78,11 +78,11 @@ def export_model(
     model: Llama,
     folder: Path,
     config_json: dict,
-    tokenizer_files: Sequence[Path] = (),
+    beside: Companions = NO_COMPANIONS,
     dtype: torch.dtype = torch.bfloat16,
     replace: bool = False,
 ) -> None:
-    """Write a folder that transformers opens: weights, config.json, copies of the tokenizer's files. Collective.
+    """Write a folder that transformers opens: weights, config.json, and what is `beside` them. Collective.
 
     It appears under its name once all of it is on disk. Raises UserError, on every rank, if the name is taken or any
     rank cannot write; ValueError if an adapter has not been merged first.
@@ -91,31 +91,22 @@ def export_model(
     if len(weights) != len(list(model.parameters())):
         raise ValueError("export_model: the model has more parameters than a Llama: merge its adapter, do not quantise")
     dtype_name = str(dtype).removeprefix("torch.")
-    config_json = config_json | {
+    config_json = config_json | beside.special_tokens | {
         "architectures": ["LlamaForCausalLM"],
         "tie_word_embeddings": "lm_head.weight" not in weights,
         "torch_dtype": dtype_name,  # transformers 4 reads this one,
         "dtype": dtype_name,  # and transformers 5 this one
     }
     special_tokens = {name: config_json[name] for name in ("bos_token_id", "eos_token_id") if name in config_json}
-    home = Path(tokenizer_files[0]).parent if tokenizer_files else None  # named chat templates lie in a folder of it
-    copies = {Path(path).relative_to(home): path for path in tokenizer_files}
-    names = {path.as_posix() for copy in copies for path in (copy, copy.parent)}
 
     def is_ours(name: str) -> bool:
-        return name in names or bool(EXPORTED.fullmatch(name))
+        return beside.owns(name) or bool(EXPORTED.fullmatch(name))
 
     with atomic_folder(folder, is_ours, replace=replace) as unfinished:
         with fail_together(unfinished):
             if is_rank_zero():
-                for copy, path in copies.items():
-                    (unfinished / copy).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, unfinished / copy)
-                    sync(unfinished / copy)
-                    sync((unfinished / copy).parent)
+                beside.write(unfinished, special_tokens)
                 write_durably(unfinished / "config.json", json.dumps(config_json, indent=2) + "\n")
-                if "generation_config.json" not in names:
-                    write_durably(unfinished / "generation_config.json", json.dumps(special_tokens, indent=2) + "\n")
         write_tensors(weights, unfinished, dtype=dtype)
 
 

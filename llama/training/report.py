@@ -20,11 +20,15 @@ from llama.boundary.untrusted import read_json
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
+from llama.storage.base import Base
 from llama.storage.checkpoint import set_aside
+from llama.storage.companions import NO_COMPANIONS, Companions
 from llama.storage.manifest import differences
+from llama.storage.peft import adapter_notes
 from llama.training.curve import Picture, name_of
 from llama.training.figure import Curve
 from llama.training.journal import Journal, read_metrics
+from llama.training.model_card import companions_of_run, prompt_of
 from llama.training.optim import learning_rate
 from llama.training.plan import BEGUN, Plan
 from llama.training.settings import TrainingSettings
@@ -37,6 +41,7 @@ class Report:
     def __init__(self, settings: TrainingSettings, plan: Plan, process: Process):
         self.settings, self.plan, self.process = settings, plan, process
         self.journal: Journal | None = None  # on rank 0, once the run has begun
+        self.about: dict = {}  # what run.json holds; on rank 0
         self.progress: Progress | None = None  # from the first step on
         self.picture = Picture(plan.output / "loss.png", self.say)
         self.tracker: Tracker | None = None
@@ -65,9 +70,8 @@ class Report:
         if self.tracker and is_last:
             self.tracker.finish()
 
-    def begin(self, model: nn.Module, examples: dict, notes: list[str]) -> None:
-        """Save and print what this run is, with every default resolved. `examples` are counts of the data, `notes` what
-        its user should know about it. Collective."""
+    def begin(self, model: nn.Module, base: Base, data) -> None:
+        """Save and print what this run is, with every default resolved. `data`: the DataSet of data.py. Collective."""
         output = self.plan.output
         with fail_together(output):
             if not self.process.is_rank_zero:
@@ -77,20 +81,22 @@ class Report:
                     self.say(f"{moved}: set aside, it was after step {self.plan.first_step}")
             (output / "summary.json").unlink(missing_ok=True)  # of a finished run that now goes on
             resolved = self._resolved_settings()
-            self.answers = examples["answers"]
+            self.answers = len(data.template.answers)
             imbalance = self.plan.schedule.imbalance(self.process.world_size)
-            about = {
+            self.about = {
                 "version": __version__,
                 "settings": resolved,
                 "identity": self.plan.identity,
                 "ranks": self.process.world_size,
                 "device": self.process.device.type,
-                "examples": examples | {"imbalance": round(imbalance, 5)},
+                "examples": data.counts() | {"answers": self.answers, "imbalance": round(imbalance, 5)},
+                "prompt": prompt_of(data.template, base.tokenizer),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
-            replace_durably(output / "run.json", json.dumps(about, indent=2) + "\n")
+            replace_durably(output / "run.json", json.dumps(self.about, indent=2) + "\n")
             earlier = read_metrics(output / "metrics.jsonl")
             self.journal = Journal(output, self.plan.first_step)
+            notes = [*base.notes, *adapter_notes(self.settings.adapter), *data.notes()]
             self._introduce(model, resolved, notes, imbalance)
             if self.settings.track != "none":
                 self._track(resolved, earlier)
@@ -219,6 +225,16 @@ class Report:
         """What an earlier part of this run measured before its first step; {} where it did not."""
         lines = self.journal.lines if self.journal else []
         return next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
+
+    def companions(self, base: Base, before: dict, after: dict) -> Companions:
+        """What the export writes beside the weights; on ranks other than 0, which do not write it, nothing. Raises
+        UserError, on every rank, when a line of metrics.jsonl could not be written. Collective."""
+        self.check()
+        with fail_together(self.plan.output):
+            if not self.journal:
+                return NO_COMPANIONS
+            held_out = {"before training": before, f"after step {self.plan.steps}": after}
+            return companions_of_run(self.about, self.plan.identity, base, held_out)
 
     def finish(self, result: str, totals: dict, before: dict, after: dict, total_seconds: float) -> None:
         """Draw the loss curve; write and print the summary. `result` is the folder that was exported; `before` and

@@ -15,6 +15,7 @@ from llama.data.rows import read
 from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama
 from llama.storage.base import TINY, TINY_TOKENIZER, Base
+from llama.storage.companions import Companions
 from llama.storage.config_json import config_to_json
 from llama.storage.pretrained import export_model, initialize_weights
 
@@ -29,7 +30,7 @@ def whole(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("foreign") / "model"
     model = Llama(TINY)
     initialize_weights(model, 0)
-    export_model(model, path, config_to_json(TINY), load_tokenizer(TINY_TOKENIZER).files)
+    export_model(model, path, config_to_json(TINY), Companions(load_tokenizer(TINY_TOKENIZER).files))
     return path
 
 

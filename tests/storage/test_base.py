@@ -19,6 +19,7 @@ from llama.model import Llama, PackedDocuments
 from llama.model.config import ROPE_TYPES, RopeScaling
 from llama.model.rope import rope_frequencies
 from llama.storage.base import TINY, TINY_TOKENIZER, Base, check_fit
+from llama.storage.companions import Companions
 from llama.storage.config_json import config_from_json, config_to_json, unused_keys
 from llama.storage.pretrained import export_model, initialize_weights
 from llama.storage.slices import write_tensors
@@ -249,7 +250,7 @@ def folder(tmp_path) -> Path:
     initialize_weights(model, 3)
     special_tokens = {"bos_token_id": 1, "eos_token_id": [2, 3]}
     export_model(model, tmp_path / "model", config_to_json(SMALL) | special_tokens,
-                 load_tokenizer(TINY_TOKENIZER).files, torch.float32)
+                 Companions(load_tokenizer(TINY_TOKENIZER).files), torch.float32)
     return tmp_path / "model"
 
 
@@ -274,13 +275,13 @@ def test_an_export_has_every_file_of_the_tokenizer_also_those_in_its_folder(fold
     stale = tmp_path / "again.tmp/additional_chat_templates/rag.jinja"
     stale.parent.mkdir(parents=True)
     stale.write_text("{{ mess")
-    export_model(Llama(SMALL), tmp_path / "again", base.config_json, base.tokenizer.files)
+    export_model(Llama(SMALL), tmp_path / "again", base.config_json, Companions(base.tokenizer.files))
     for file in base.tokenizer.files:
         assert (tmp_path / "again" / file.relative_to(folder)).read_bytes() == file.read_bytes()
     stale.parent.mkdir(parents=True)
     stale.with_name("thesis.tex").write_text("something")
     with pytest.raises(UserError, match="thesis.tex: not from an attempt to write"):
-        export_model(Llama(SMALL), tmp_path / "again", base.config_json, base.tokenizer.files, replace=True)
+        export_model(Llama(SMALL), tmp_path / "again", base.config_json, Companions(base.tokenizer.files), replace=True)
 
 
 def test_a_folder_is_opened_with_all_that_fits_together(folder):
@@ -427,7 +428,7 @@ def test_a_head_beside_a_tied_embedding_is_loaded_where_it_differs_as_transforme
     assert base.notes == (expected if shift else [])
     model, tokens = Llama(base.config), torch.arange(60)
     base.load(model)
-    export_model(model, tmp_path / "out", base.config_json, base.tokenizer.files, torch.float32)
+    export_model(model, tmp_path / "out", base.config_json, Companions(base.tokenizer.files), torch.float32)
     assert read_json(tmp_path / "out", "config.json")["tie_word_embeddings"] is (shift == 0)
     with torch.no_grad():
         ours = model.logits(tokens, PackedDocuments([60]))

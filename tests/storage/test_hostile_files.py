@@ -24,6 +24,7 @@ from llama.model import Llama, ModelConfig
 from llama.storage.atomic import digests
 from llama.storage.base import TINY_TOKENIZER, Base, config_to_json
 from llama.storage.checkpoint import load_checkpoint
+from llama.storage.companions import Companions
 from llama.storage.manifest import _digest, read_manifest, verify
 from llama.storage.peft import Adapter, load_adapter, read_adapter, save_adapter
 from llama.storage.pretrained import export_model, hugging_face_parameters
@@ -176,7 +177,7 @@ def load_model(folder: Path) -> None:
 def model_folder(scratch: Path, shards: bool) -> dict[str, bytes]:
     torch.manual_seed(0)
     folder, tokenizer = scratch / f"model{shards}", load_tokenizer(TINY_TOKENIZER)
-    export_model(Llama(CONFIG), folder, config_to_json(CONFIG), tokenizer.files)
+    export_model(Llama(CONFIG), folder, config_to_json(CONFIG), Companions(tokenizer.files))
     if shards:
         (folder / "model.safetensors").unlink()
         weights = hugging_face_parameters(Llama(CONFIG))

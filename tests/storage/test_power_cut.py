@@ -16,6 +16,7 @@ from llama.model import Llama, ModelConfig
 from llama.storage.atomic import atomic_folder
 from llama.storage.base import config_to_json
 from llama.storage.checkpoint import Saver, set_aside
+from llama.storage.companions import Companions
 from llama.storage.peft import Adapter, save_adapter
 from llama.storage.pretrained import export_model, initialize_weights
 from llama.storage.slices import write_tensors
@@ -39,7 +40,8 @@ def test_a_model_is_exported_with_all_its_files_on_disk(tmp_path):
     tokenizer.write_text("{}" * 10_000)
     for attempt in range(2):
         with Disk() as disk:
-            export_model(small_llama(), tmp_path / "model", config_to_json(SMALL), [tokenizer], replace=True)
+            config, beside = config_to_json(SMALL) | {"eos_token_id": 2}, Companions([tokenizer])
+            export_model(small_llama(), tmp_path / "model", config, beside, replace=True)
         assert disk.renamed == [tmp_path / "model"] and disk.at_risk() == [], attempt
     found = {path.name for path in (tmp_path / "model").iterdir()}
     assert found == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}

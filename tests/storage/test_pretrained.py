@@ -29,6 +29,7 @@ from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.parallel.shards import local_slice, region
 from llama.storage import slices
 from llama.storage.base import config_from_json, config_to_json
+from llama.storage.companions import Companions
 from llama.storage.pretrained import export_model, initialize_weights, load_weights
 from llama.storage.slices import read_tensors, write_tensors
 
@@ -127,7 +128,7 @@ def hugging_face(tmp_path_factory):
 def load_and_export(source: Path, target: Path, dtype: torch.dtype, config: dict) -> dict:
     model = sharded(config_of(source))
     load_weights(model, source)
-    export_model(model, target, config, [source / "tokenizer.json"], dtype)
+    export_model(model, target, config, Companions([source / "tokenizer.json"]), dtype)
     return {
         "not loaded": [name for name, p in model.named_parameters() if local(p).isnan().any()],
         "tied": model.lm_head.weight is model.embed_tokens.weight,
@@ -851,7 +852,7 @@ def export_quietly(folder: Path, tokenizer_files: tuple = ()) -> str | None:
     model = sharded(CONFIG)
     initialize_weights(model, 0)
     try:
-        export_model(model, folder, config_to_json(CONFIG), tokenizer_files)
+        export_model(model, folder, config_to_json(CONFIG), Companions(tokenizer_files))
     except UserError as error:
         return str(error)
 

@@ -16,6 +16,7 @@ from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama
 from llama.parallel.shards import local_slice, region
 from llama.storage.base import TINY_TOKENIZER, Base
+from llama.storage.companions import Companions
 from llama.storage.config_json import config_to_json
 from llama.storage.pretrained import export_model, initialize_weights, load_weights
 from llama.storage.rounding import Rounding
@@ -28,7 +29,7 @@ def base(tmp_path) -> Path:
     """A pretrained folder in bf16."""
     model = Llama(CONFIG)
     initialize_weights(model, 0)
-    export_model(model, tmp_path / "base", config_to_json(CONFIG), load_tokenizer(TINY_TOKENIZER).files)
+    export_model(model, tmp_path / "base", config_to_json(CONFIG), Companions(load_tokenizer(TINY_TOKENIZER).files))
     return tmp_path / "base"
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from llama.boundary.errors import UserError
+from llama.data.templates import TEMPLATES
+from llama.storage.base import Base
 from llama.training import curve
 from llama.training.report import Report
 from llama.training.settings import TrainingSettings
 
 COUNTS = {"examples": 4, "tokens": 400, "labels": 4, "seconds": 0.5}
-EXAMPLES = {"train": 12, "test": 4, "answers": 2}
+DATA = SimpleNamespace(counts=lambda: {"train": 12, "test": 4}, notes=lambda: ["a note"], template=TEMPLATES["imdb"])
 
 
 def begun(folder: Path, steps: int = 4, rank: int = 0, **changes) -> Report:
@@ -27,7 +29,7 @@ def begun(folder: Path, steps: int = 4, rank: int = 0, **changes) -> Report:
                            dtype=torch.float32, schedule=SimpleNamespace(imbalance=lambda ranks: 0.0))  # fmt: skip
     process = SimpleNamespace(is_rank_zero=rank == 0, world_size=1, device=torch.device("cpu"), store=None)
     report = Report(settings, plan, process)
-    report.begin(nn.Linear(3, 5), EXAMPLES, ["a note"])
+    report.begin(nn.Linear(3, 5), Base.tiny(), DATA)
     return report
 
 
@@ -43,6 +45,7 @@ def test_the_screen_lists_what_is_not_as_by_default_and_run_json_has_all(tmp_pat
     saved = json.loads((tmp_path / "run.json").read_text())
     assert saved["settings"] == asdict(report.settings) | {"template": "imdb"}
     assert saved["identity"] == report.plan.identity and saved["examples"]["answers"] == 2
+    assert saved["prompt"]["answers"].keys() == {" negative", " positive"}
 
 
 def test_a_log_gets_a_line_before_each_evaluation_and_other_ranks_are_silent(tmp_path, capsys):
