@@ -39,6 +39,7 @@ from llama.storage.base import Base
 from llama.storage.peft import Adapter, adapter_notes, load_adapter, read_adapter
 from llama.storage.pretrained import export_model
 from llama.storage.rounding import Rounding
+from llama.training.finished_run import from_runs
 from llama.training.model_card import companions_of_merge
 
 
@@ -273,7 +274,7 @@ def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtyp
 
 
 def main() -> None:
-    settings = parse(MergeSettings, description=__doc__)
+    settings = from_runs(parse(MergeSettings, description=__doc__))
     output = Path(settings.output)
     if not output.name or output.exists():
         raise UserError(f"--output {settings.output}: expected a name that is free")

@@ -1,0 +1,76 @@
+"""A run's folder where a model or an adapter is asked for: what the run has left in it."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from llama.boundary.command_line import is_local_rank_zero
+from llama.boundary.errors import UserError, as_user_error
+from llama.boundary.records import Settings
+from llama.boundary.untrusted import read_json
+
+RUN, MODEL, ADAPTER = "run.json", "model", "adapter"
+
+
+def from_runs(settings: Settings) -> Settings:
+    """The settings `model`, `adapter` and `quantize` of a script, where the first two may name a run's folder.
+
+    --model RUN is the model that the run has left, or else its adapter on its base; --adapter RUN is the adapter alone.
+    An adapter's base is rounded as it was in training. Says what was taken. Raises UserError where a run has left no
+    such thing.
+    """
+    if _is_run(settings.model):
+        settings = _model_of_run(settings, Path(settings.model))
+    if _is_run(settings.adapter):
+        folder = Path(settings.adapter)
+        if not (folder / ADAPTER).is_dir():
+            other = "it has left a model: give it to --model" if (folder / MODEL).is_dir() else _nothing_left(folder)
+            raise UserError(f"--adapter {folder}: has no {ADAPTER}/; {other}")
+        settings = _with_adapter(settings, folder)
+    return settings
+
+
+def _is_run(path: str | None) -> bool:
+    return path is not None and (Path(path) / RUN).is_file() and not (Path(path) / "config.json").exists()
+
+
+def _nothing_left(folder: Path) -> str:
+    return f"a run that has not ended has checkpoints: python checkpoints.py export {folder} OUT"
+
+
+def _model_of_run(settings: Settings, folder: Path) -> Settings:
+    if (folder / MODEL).is_dir():
+        _say(f"--model {folder}: taken is {folder / MODEL}")
+        return replace(settings, model=str(folder / MODEL))
+    if not (folder / ADAPTER).is_dir():
+        raise UserError(f"--model {folder}: has neither {MODEL}/ nor {ADAPTER}/; {_nothing_left(folder)}")
+    if settings.adapter:
+        raise UserError(f"--model {folder}: has an adapter of its own, expected a base for {settings.adapter}")
+    base = _setting_of_run(folder, "model")
+    _say(f"--model {folder}: taken is its base, {base}")
+    return _with_adapter(replace(settings, model=base), folder)
+
+
+def _with_adapter(settings: Settings, folder: Path) -> Settings:
+    """The adapter of a run, and its base rounded as in that run, unless --quantize asks for another rounding."""
+    settings = replace(settings, adapter=str(folder / ADAPTER))
+    quantize = settings.quantize
+    if quantize == "none":
+        quantize = _setting_of_run(folder, "quantize")
+    rounded = "" if quantize == "none" else f", over linears in {quantize}"
+    _say(f"--adapter {folder}: taken is {folder / ADAPTER}{rounded}")
+    return replace(settings, quantize=quantize)
+
+
+def _setting_of_run(folder: Path, name: str) -> str:
+    with as_user_error(folder / RUN, "what a run writes"):
+        value = read_json(folder, RUN)["settings"][name]
+        if not isinstance(value, str):
+            raise TypeError(f"{name} is {value!r:.100}")
+    return value
+
+
+def _say(line: str) -> None:
+    """On stderr: stdout may be a result that another program reads."""
+    if is_local_rank_zero():
+        print(line, file=sys.stderr)
