@@ -28,6 +28,7 @@ from llama.data.formats import find_template
 from llama.data.sources import HELD_OUT, TINY_TOKENIZER, DataSettings, Source, resolve
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
+from llama.data.unlabelled import UnlabelledTemplate
 
 TABLE_ROW = "{name:8}{examples:10}{tokens:12}{labels:10}{mean:8.1f}{p50:7.0f}{p95:7.0f}{max:7}{cut:8.1%}"
 HELD_OUT_SEED = 0  # not the run's seed: runs with different seeds are tested on the same examples
@@ -125,14 +126,18 @@ class DataSet:
         return [part for part in parts if part]
 
 
-def load_data(settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, splits=("train", "test")) -> DataSet:
-    """Encode the `splits` of the data set that the settings name.
+def load_data(
+    settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, splits=("train", "test"), predict: bool = False
+) -> DataSet:
+    """Encode the `splits` of the data set that the settings name. `predict`: rows may lack their answer word.
 
     Every process calls this, and no process waits in a collective: the first on a machine encodes, the others wait for
     its cache. Raises UserError where there is no such data, and BadRows where rows cannot be used.
     """
     source = resolve(settings.data, settings.data_dir, use_hub)
     template = find_template(settings.template, source, tokenizer, settings.system)
+    if predict and template.answers:
+        template = UnlabelledTemplate(template)
     limits = (settings.max_length, settings.truncate_side, source.category, settings.skip_bad_rows)
     fraction = settings.test_fraction
     if "test" in source.files:

@@ -26,16 +26,18 @@ from llama.boundary.errors import UserError, reason
 from llama.boundary.launch import is_local_rank_zero
 from llama.data.examples import EncodedData
 from llama.data.sources import PUBLIC_DATASETS
+from llama.data.tokenizer import Tokenizer
 from llama.evaluation.score import answer_ids, evaluate
 from llama.parallel.collectives import gather
 from llama.parallel.processes import compute_dtype, join
 from llama.storage.base import Base
 from llama.storage.peft import adapter_notes, read_adapter
+from llama.training.finished_run import from_runs
 from lora import Changes, open_model
 
 
 def main() -> None:
-    settings = parse(EvaluationSettings, description=__doc__)
+    settings = from_runs(parse(EvaluationSettings, description=__doc__))
     base = Base.pretrained(settings.model, settings.max_length, settings.control_tokens)
     found, data, split = read(settings, base)
     words = answer_ids(found.template, base.tokenizer) if settings.metric in (None, "accuracy") else None
@@ -50,17 +52,22 @@ def main() -> None:
         began = time.perf_counter()
         metrics, predicted = evaluate(model, data, process, settings.batch_size, settings.limit, words or None)
         seconds = time.perf_counter() - began
-        guesses = {i: guess for part in gather(predicted) for i, guess in part.items()}
+        probabilities = {i: found for part in gather(predicted) for i, found in part.items()}
         if not process.is_rank_zero:
             return
         if metric == "perplexity":
             metrics["perplexity"] = float(np.exp(metrics["loss"]))
         result = describe(settings, found, data, split) | {"ranks": process.world_size} | metrics
-        result |= {"seconds": round(seconds, 3), "examples_per_second": metrics["n"] / seconds}
+        if settings.predictions:
+            result["without_label"] = len(probabilities) - metrics["n"]
+            note_missing_labels(metrics["n"], result["without_label"])
+        count = len(probabilities) or metrics["n"]
+        result |= {"seconds": round(seconds, 3), "examples_per_second": count / seconds}
         if settings.output:
             write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
-            write("predictions", settings.predictions, prediction_lines(found, data, guesses))
+            lines = prediction_lines(found, data, probabilities, base.tokenizer)
+            write("predictions", settings.predictions, lines)
         print(json.dumps(result, indent=2))  # last: nobody may be there to read it
 
 
@@ -72,7 +79,7 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     )
     split = "train" if is_whole else settings.split
     data_settings = replace(settings, test_fraction=0.0) if is_whole else settings
-    found = load_data(data_settings, base.tokenizer, splits=(split,))
+    found = load_data(data_settings, base.tokenizer, splits=(split,), predict=settings.predictions is not None)
     data = found.train if split == "train" else found.test
     if data is None:
         parts = ", ".join(found.source.files)
@@ -100,17 +107,33 @@ def describe(settings: EvaluationSettings, found: DataSet, data: EncodedData, sp
     }
 
 
-def prediction_lines(found: DataSet, data: EncodedData, guesses: dict[int, int]) -> str:
-    """A JSON line for each scored example: its row in the file, the model's answer word and the right one."""
+def note_missing_labels(labelled: int, unlabelled: int) -> None:
+    if unlabelled:
+        scored = f"loss and accuracy are of the other {labelled}" if labelled else "nothing is scored"
+        announce([f"{unlabelled} rows have no label: they are predicted, and {scored}"])
+
+
+def prediction_lines(
+    found: DataSet, data: EncodedData, probabilities: dict[int, list[float]], tokenizer: Tokenizer
+) -> str:
+    """A JSON line for each predicted example: its row in the file, the prompt as the model read it, the most probable
+    answer word, the probability of each, and the right one where the row has it."""
     answers = [answer.strip() for answer in found.template.answers]
     lines = []
-    for i in sorted(guesses):
+    for i in sorted(probabilities):
+        ids, is_answer = data[i]
+        of_words = dict(zip(answers, probabilities[i], strict=True))
+        prediction = max(of_words, key=of_words.get)
         line = {
             "row": int(data.rows[i]),
-            "prediction": answers[guesses[i]],
-            "answer": answers[data.answers[i]],
+            "prompt": tokenizer.decode(ids[~is_answer]),
+            "prediction": prediction,
+            "probability": of_words[prediction],
+            "probabilities": of_words,
         }
-        lines.append(json.dumps(line) + "\n")
+        if data.answers[i] >= 0:
+            line["answer"] = answers[data.answers[i]]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
@@ -118,7 +141,7 @@ def write(flag: str, path: str, text: str) -> None:
     """Write a file that a flag names. Raises UserError where that is not possible."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--{flag} {path}: {reason(error)}, expected a file that can be written") from None
 

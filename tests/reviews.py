@@ -35,7 +35,8 @@ def plain_model(config: ModelConfig = CONFIG) -> Llama:
 
 @torch.no_grad()
 def example_by_example(model: Llama, encoded: EncodedData, words: list[int], every_token: bool = False, indices=None):
-    """(loss, accuracy, n, predictions) by the definition: one example at a time, softmax in float64."""
+    """(loss, accuracy, n, predictions) by the definition: one example at a time, softmax in float64. A prediction is
+    the probability of each answer word among them."""
     nll, labels, right, predictions = 0.0, 0, 0, {}
     for i in range(len(encoded)) if indices is None else indices:
         ids, is_answer = (np.array(x) for x in encoded[i])
@@ -45,6 +46,7 @@ def example_by_example(model: Llama, encoded: EncodedData, words: list[int], eve
         places = [j for j in range(1, len(ids)) if every_token or is_answer[j]]
         nll -= sum(np.log(p[j - 1, ids[j]]) for j in places)
         labels += len(places)
-        predictions[i] = int(np.argmax(p[np.flatnonzero(is_answer)[0] - 1, words]))
-        right += predictions[i] == encoded.answers[i]
+        of_words = p[np.flatnonzero(is_answer)[0] - 1, words]
+        predictions[i] = (of_words / of_words.sum()).tolist()
+        right += int(np.argmax(of_words)) == encoded.answers[i]
     return nll / labels, right / len(predictions), len(predictions), predictions

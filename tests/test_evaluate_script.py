@@ -22,8 +22,12 @@ from llama.data.tokenizer_files import load_tokenizer
 from llama.evaluation.score import answer_ids, sample_indices
 from llama.storage import pretrained
 from llama.storage.base import config_to_json
+from llama.storage.companions import Companions
+from llama.storage.peft import Adapter, save_adapter
+from lora import adapted, apply_adapter, initialize_adapter
 
 ROOT = Path(evaluate.__file__).parent
+WORDS = ["negative", "positive"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +42,7 @@ def cache(tmp_path_factory):
 def exported(tmp_path_factory) -> Path:
     """A Hugging Face folder with the tiny model's weights in fp32."""
     folder = tmp_path_factory.mktemp("exported") / "model"
-    pretrained.export_model(plain_model(), folder, config_to_json(CONFIG), [BUNDLED], torch.float32)
+    pretrained.export_model(plain_model(), folder, config_to_json(CONFIG), Companions([BUNDLED]), torch.float32)
     return folder
 
 
@@ -97,8 +101,13 @@ def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     rows = [json.loads(line) for line in reviews.read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(1, 24))
-    assert [line["answer"] for line in lines] == [("negative", "positive")[row["label"]] for row in rows]
-    assert [line["prediction"] for line in lines] == [("negative", "positive")[guesses[i]] for i in range(23)]
+    assert [line["answer"] for line in lines] == [WORDS[row["label"]] for row in rows]
+    for i, line in enumerate(lines):
+        negative, positive = line["probabilities"].values()
+        assert [negative, positive] == pytest.approx(guesses[i], abs=1e-5) and [*line["probabilities"]] == WORDS
+        assert line["probability"] == max(negative, positive) == line["probabilities"][line["prediction"]]
+        before, _, after = TEMPLATES["imdb"].source.partition("{text...}")
+        assert line["prompt"] == before + rows[i]["text"] + after.partition("[[")[0].removesuffix(" ")
     assert sum(line["prediction"] == line["answer"] for line in lines) / len(lines) == result["accuracy"]
 
 
@@ -197,6 +206,60 @@ def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, re
     assert result[None] == result["accuracy"] and "perplexity" not in result[None]
     assert "accuracy" not in result["loss"] and result["loss"]["loss"] == pytest.approx(result[None]["loss"], rel=1e-6)
     assert "accuracy" not in result["perplexity"] and abs(result["perplexity"]["loss"] - result["loss"]["loss"]) > 0.1
+
+
+def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
+    exported, reviews, tmp_path, monkeypatch, capsys
+):
+    """C54: the same predictions as with labels; nothing is scored, and it is said. Else such a row is a bad row."""
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()]
+    unlabelled, out = tmp_path / "new.jsonl", tmp_path / "predictions.jsonl"
+    unlabelled.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    common = ("--model", exported, "--template", "imdb", "--dtype", "float32")
+    predicted = {}
+    for path in (reviews, unlabelled):
+        status, result, err = command(monkeypatch, capsys, *common, "--data", path, "--predictions", out)
+        assert status == 0, err
+        predicted[path] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert err == "23 rows have no label: they are predicted, and nothing is scored"
+    result = json.loads(result)
+    assert (result["n"], result["without_label"]) == (0, 23) and not {"loss", "accuracy"} & result.keys()
+    assert [line.pop("answer") for line in predicted[reviews]] == [WORDS[row["label"]] for row in rows]
+    assert predicted[unlabelled] == predicted[reviews]
+    status, _, err = command(monkeypatch, capsys, *common, "--data", unlabelled)
+    assert status == 2 and "new.jsonl: 23 of 23 rows cannot be used" in err
+
+
+def test_a_runs_folder_stands_for_what_the_run_has_left(exported, reviews, tmp_path, monkeypatch, capsys):
+    """A model, or an adapter with the base and the rounding of the run; which it was is said."""
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    adapter = Adapter(2, 64.0)
+    model = plain_model()
+    apply_adapter(model, adapter)
+    initialize_adapter(model, 0)
+    with torch.no_grad():
+        for linear in adapted(model).values():
+            linear.lora_B.weight.fill_(0.1)
+    run.mkdir()
+    save_adapter(model, tuned / "adapter", adapter, "base")
+    shutil.copytree(exported, run / "model")
+    (run / "run.json").write_text("{}")
+    (tuned / "run.json").write_text(json.dumps({"settings": {"model": str(exported), "quantize": "int8"}}))
+
+    def scored(*flags) -> tuple[dict, str]:
+        status, out, err = command(monkeypatch, capsys, "--data", reviews, "--dtype", "float32", *flags)
+        assert status == 0, err
+        return {name: value for name, value in json.loads(out).items() if "second" not in name}, err
+
+    plain, _ = scored("--model", exported)
+    found, said = scored("--model", run)
+    assert said == f"--model {run}: taken is {run}/model"
+    assert found == plain | {"model": str(run / "model")}
+    rounded, _ = scored("--model", exported, "--adapter", tuned / "adapter", "--quantize", "int8")
+    assert rounded["loss"] != plain["loss"]
+    taken = f"--adapter {tuned}: taken is {tuned}/adapter, over linears in int8"
+    assert scored("--model", exported, "--adapter", tuned) == (rounded, taken)
+    assert scored("--model", tuned) == (rounded, f"--model {tuned}: taken is its base, {exported}\n{taken}")
 
 
 MISTAKES = {

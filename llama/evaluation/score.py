@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
-from llama.data.batches import deal, pack
+from llama.data.batches import Batch, deal, pack
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.tokenizer import Tokenizer
@@ -41,14 +42,15 @@ def sample_indices(examples: int, limit: int) -> np.ndarray:
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
 def evaluate(
     model: Llama, data: EncodedData, process: Process, batch_size: int, limit: int = 0, words: list[int] | None = None
-) -> tuple[dict, dict[int, int]]:
-    """Metrics over all ranks, and this rank's predictions {example: index of the answer word}.
+) -> tuple[dict, dict[int, list[float]]]:
+    """Metrics over all ranks, and this rank's predictions {example: probability of each answer word}, their sum is 1.
 
         loss       sum of the negative log-likelihoods of all labelled tokens / their number, in nats
         accuracy   how often the right one of the answer `words` (token ids) is the likeliest of them
         n          examples scored, each exactly once
 
-    Neither batch size nor number of ranks changes them. The model is left in eval mode. Collective.
+    Neither batch size nor number of ranks changes them. An example without its answer word is predicted and not scored;
+    without any other there are no metrics but n = 0. The model is left in eval mode. Collective.
     """
     model.eval()
     indices = sample_indices(len(data), limit)
@@ -64,19 +66,33 @@ def evaluate(
         right = 0
         if words is None:
             loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
+            labels, examples = len(batch.targets), len(batch.indices)
         else:
-            logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
-            # Not log_softmax: on a CPU it adds the numbers of a vocabulary one by one, which is 1e-5 nats off.
-            loss = (logits.logsumexp(-1) - logits.gather(1, batch.targets[:, None])[:, 0]).sum()
-            first_labels = np.cumsum([0, *batch.labels_per_example])[:-1]
-            guesses = logits[first_labels][:, words].argmax(-1).tolist()
-            right = sum(guess == data.answers[i] for i, guess in zip(part, guesses, strict=True))
-            predicted |= dict(zip(part, guesses, strict=True))
-        counts = torch.tensor([len(batch.targets), right, len(batch.indices)], dtype=torch.float64)
+            answers = torch.from_numpy(data.answers[part].astype(np.int64)).to(process.device)
+            loss, labels, of_words = _predict(model, batch, words, answers >= 0)
+            predicted |= dict(zip(part, of_words.tolist(), strict=True))
+            right = int((of_words.argmax(-1) == answers).sum())
+            examples = int((answers >= 0).sum())
+        counts = torch.tensor([labels, right, examples], dtype=torch.float64)
         sums += torch.cat([loss.double().reshape(1), counts.to(process.device)])
     dist.all_reduce(sums)
     loss, labels, right, examples = sums.tolist()
+    if not examples:
+        return {"n": 0}, predicted
     if not np.isfinite(loss):
         raise UserError(f"the loss over {int(examples)} held-out examples is {loss}: the model's weights are unusable")
     accuracy = {} if words is None else {"accuracy": right / examples}
     return {"loss": loss / labels, **accuracy, "n": int(examples)}, predicted
+
+
+def _predict(model: Llama, batch: Batch, words: list[int], known: Tensor) -> tuple[Tensor, int, Tensor]:
+    """The loss of the examples whose answer is `known` (n), the number of their labels, and the probability of each
+    answer word in each example (n, words)."""
+    logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
+    # Not log_softmax: on a CPU it adds the numbers of a vocabulary one by one, which is 1e-5 nats off.
+    losses = logits.logsumexp(-1) - logits.gather(1, batch.targets[:, None])[:, 0]
+    labels_per_example = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=known.device)
+    is_counted = known.repeat_interleave(labels_per_example)
+    first_labels = labels_per_example.cumsum(0) - labels_per_example
+    of_words = logits[first_labels][:, words].double().softmax(-1)
+    return losses[is_counted].sum(), int(is_counted.sum()), of_words

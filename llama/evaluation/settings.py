@@ -11,8 +11,10 @@ from llama.data.sources import DataSettings
 class EvaluationSettings(DataSettings):
     """what to score, and how"""
 
-    model: str = setting(help="a Hugging Face folder, or a hub id")
-    adapter: str | None = setting(None, "put this LoRA adapter on the model, a folder in PEFT's format")
+    model: str = setting(help="a Hugging Face folder, a hub id, or the folder of a run: its model, or adapter and base")
+    adapter: str | None = setting(
+        None, "put this LoRA adapter on the model: a folder in PEFT's format, or the folder of a run"
+    )
     quantize: str = setting(
         "none", "round the linears to 8 or 4 bits, as an adapter was trained over", choices=("none", *QUANTIZED)
     )
@@ -35,7 +37,11 @@ class EvaluationSettings(DataSettings):
         choices=("bfloat16", "float32"),
     )
     output: str | None = setting(None, "write the metrics to this JSON file")
-    predictions: str | None = setting(None, "write one JSON line per example, in the order of the file")
+    predictions: str | None = setting(
+        None,
+        "write one JSON line per example, in the order of the file: its row, prompt, most probable answer word and its "
+        "probability among the answer words; rows may lack their label",
+    )
 
     def checks(self):
         asked = self.predictions

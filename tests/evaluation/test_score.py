@@ -1,5 +1,6 @@
 """Scoring: every example once, and the numbers of a plain loop for any batch size and number of ranks."""
 
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from llama.boundary.untrusted import read_json
 from llama.data.examples import EncodedData, encode_file
 from llama.data.templates import Template
 from llama.data.tokenizer_files import load_tokenizer
+from llama.data.unlabelled import UnlabelledTemplate
 from llama.evaluation.score import answer_ids, evaluate, sample_indices
 from llama.storage import pretrained
 from llama.storage.base import config_from_json
@@ -75,7 +77,7 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size)
     """C51, C52, C44: for any batch size and number of ranks; each example once, and as many forwards on each rank."""
     folder, words = wordy
     loss, accuracy, n, predictions = example_by_example(plain_model(), opened(folder), words)
-    assert n == 19 and 0 < accuracy < 1 and len(set(predictions.values())) == 2
+    assert n == 19 and 0 < accuracy < 1 and {np.argmax(found) for found in predictions.values()} == {0, 1}
     by_rank = ranks(size, score_on_rank, folder, words=words)
     for batch_size, results in zip(BATCH_SIZES, zip(*by_rank, strict=True), strict=True):
         merged = {}
@@ -84,7 +86,7 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size)
             assert forwards == -(-19 // (size * batch_size))
             assert merged.keys().isdisjoint(predicted)
             merged |= predicted
-        assert merged == predictions
+        assert merged == {i: pytest.approx(found, abs=1e-5) for i, found in predictions.items()}
 
 
 @pytest.mark.parametrize("every_token", [False, True])
@@ -137,9 +139,39 @@ def test_fewer_examples_than_ranks_do_not_hang(ranks, wordy, size, limit):
     chosen = sample_indices(19, limit).tolist()
     loss, accuracy, _, predictions = example_by_example(plain_model(), opened(folder), words, indices=chosen)
     by_rank = ranks(size, score_on_rank, folder, batch_sizes=[4], limit=limit, words=words)
-    assert {i: guess for ((_, part, _),) in by_rank for i, guess in part.items()} == predictions
+    found = {i: found for ((_, part, _),) in by_rank for i, found in part.items()}
+    assert found == {i: pytest.approx(expected, abs=1e-5) for i, expected in predictions.items()}
     for ((metrics, _, forwards),) in by_rank:
         assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": limit} and forwards == 1
+
+
+@pytest.mark.parametrize("labelled", [0, 7])
+def test_rows_without_a_label_are_predicted_and_not_scored(ranks, wordy, tmp_path, monkeypatch, labelled):
+    """C12, C51: as the same rows are that have one; the metrics are those of the others alone."""
+    folder, words = wordy
+    expected = example_by_example(plain_model(), opened(folder), words)[-1]
+    rows = [json.loads(line) for line in (folder.parent / "test.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(1)
+    known = sorted(rng.permutation(19)[:labelled].tolist())
+    for i in range(19):
+        if i not in known:
+            rows[i] = {"text": rows[i]["text"]} | ({"label": None} if i % 2 else {})
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    encoded = encode_file(tmp_path / "some.jsonl", UnlabelledTemplate(WORDY), load_tokenizer(BUNDLED), 512)
+    assert [i for i in range(19) if encoded.answers[i] >= 0] == known
+    metrics = {"n": 0}
+    if known:
+        loss, accuracy, *_ = example_by_example(plain_model(), encoded, words, indices=known)
+        metrics = {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": labelled}
+    (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    by_rank = ranks(2, score_on_rank, cached, words=words)
+    for results in zip(*by_rank, strict=True):
+        merged = {}
+        for found, predicted, _ in results:
+            assert found == metrics
+            merged |= predicted
+        assert merged == {i: pytest.approx(of_words, abs=1e-5) for i, of_words in expected.items()}
 
 
 def test_a_limit_is_a_fixed_random_choice_and_not_the_first_of_a_file_sorted_by_label():
