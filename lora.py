@@ -4,8 +4,9 @@
 
 Full fine-tuning takes 16 bytes a weight: 4 for W, 4 for its gradient, 8 for its moments; with LoRA, W needs only the
 first 4 (the backward still runs through it). Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale s is
-alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that an update does
-not shrink with the rank. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m of each row:
+alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that the size of an
+update does not shrink with the rank. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m
+of each row:
 
     y = m / ||W + s B A|| (W + s B A) x        ||.|| is one norm per row (out); no gradient flows through it
 
@@ -32,6 +33,7 @@ from llama.boundary.choices import ALL_LINEAR
 from llama.boundary.errors import UserError, as_user_error
 from llama.model import Llama
 from llama.model.quantize import KINDS, Int8Linear, NF4Linear, QuantizedLinear, quantize
+from llama.model.sums import row_lengths
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process, join
 from llama.parallel.shards import all_finite, draw, local_slice, whole_tensor
@@ -74,8 +76,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W + s B A|| of each row (out), fp32."""
-        low, up = self.lora_A.weight.float(), self.lora_B.weight.float()
-        return row_lengths(torch.addmm(self.base_weight().float(), up, low, alpha=self.scaling))
+        low = self.lora_A.weight.float()
+        return row_lengths(torch.addmm(self.base_weight().float(), self.lora_B.weight.float(), low, alpha=self.scaling))
 
     def base_weight(self) -> Tensor:
         """W (out, in)."""
@@ -103,11 +105,6 @@ class Magnitude(nn.Module):
     def __init__(self, out_features: int, device: torch.device):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, device=device, dtype=torch.float32))
-
-
-def row_lengths(rows: Tensor) -> Tensor:
-    """||.|| of each row. Not torch.linalg.vector_norm: on a CPU it adds squares one by one, and is up to 1e-5 off."""
-    return rows.square().sum(dim=1).sqrt()
 
 
 def length_ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -151,13 +148,12 @@ def initialize_adapter(model: nn.Module, seed: int) -> None:
 
     The base weights must be loaded already. The numbers do not depend on the number of ranks.
     """
+
+    def uniform(whole: Tensor, generator: torch.Generator) -> None:
+        whole.uniform_(-1, 1, generator=generator)
+        whole /= math.sqrt(whole.shape[1])  # whole: (r, in)
+
     for name, linear in adapted(model).items():
-
-        # `columns` is a default argument so that each function keeps its own linear's value.
-        def uniform(whole: Tensor, generator: torch.Generator, columns: int = linear.in_features) -> None:
-            whole.uniform_(-1, 1, generator=generator)
-            whole /= math.sqrt(columns)
-
         draw(linear.lora_A.weight, name, seed, uniform)
         local_slice(linear.lora_B.weight)[0].zero_()
         if linear.lora_magnitude_vector is not None:

@@ -32,14 +32,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
             z = (rows @ weight.t()).to(loss_dtype)
             z -= z.amax(dim=-1, keepdim=True)  # so that exp cannot overflow
             z_target = z.gather(1, target)
-            exp_z = z.exp_()
-            sums = exp_z.sum(dim=-1, keepdim=True)
+            sums = z.exp_().sum(dim=-1, keepdim=True)
             loss += (sums.log() - z_target).sum()
             if not (need_hidden or need_weight):
                 continue
-            probabilities = exp_z.div_(sums)
             minus_one = -torch.ones_like(target, dtype=loss_dtype)
-            d_logits = probabilities.scatter_add_(1, target, minus_one).to(hidden.dtype)
+            d_logits = z.div_(sums).scatter_add_(1, target, minus_one).to(hidden.dtype)
             if need_hidden:
                 d_hidden[start : start + chunk] = d_logits @ weight
             if need_weight:

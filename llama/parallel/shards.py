@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from llama.model.sums import sum_of_squares
 from llama.parallel.collectives import gather, is_rank_zero
 
 
@@ -85,6 +87,18 @@ def all_finite(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
             local, _ = local_slice(parameter)
             finite = finite and bool(local.to(dtype or parameter.dtype).isfinite().all())
     return all(gather(finite))
+
+
+@torch.no_grad()
+def sum_of_squares_over_ranks(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers of all tensors: an fp64 scalar, the same on every rank. Collective."""
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    for part in map(Part.of, tensors):
+        if part.is_writer:  # what several ranks hold counts once
+            total += sum_of_squares(part.local)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
 
 
 def draw(

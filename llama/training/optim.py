@@ -4,14 +4,12 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama.parallel.shards import Part
+from llama.parallel.shards import sum_of_squares_over_ranks
 from llama.training.adamw8bit import AdamW8bit
 
 COSINE_END = 0.1  # a cosine schedule ends at this part of its peak
-SUMMED_AT_ONCE = 1 << 20  # numbers; as fp64 they take 8 MB
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
@@ -51,22 +49,10 @@ def build_adamw(
     return OPTIMIZERS[kind](groups, lr=learning_rate, betas=(0.9, beta2), eps=1e-8)
 
 
-@torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """sqrt of the sum of all squared gradients over all shards, a scalar in their dtype, the same on every rank.
-
-    The sum is in fp64: on a CPU, torch's own norm of 500 million fp32 numbers is 9% off. Collective.
-    """
+    """sqrt of the sum of all squared gradients over all shards, a scalar in their dtype, the same on every rank."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]  # a tied weight is one of them
-    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    for part in map(Part.of, gradients):
-        if part.is_writer:  # what several ranks hold counts once
-            for numbers in part.local.flatten().split(SUMMED_AT_ONCE):
-                numbers = numbers.double()
-                total += numbers.dot(numbers)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.sqrt().to(gradients[0].dtype)
+    return sum_of_squares_over_ranks(gradients).sqrt().to(gradients[0].dtype)
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from llama.model.embedding import SUMMED_AT_ONCE, Embedding
+from llama.model.embedding import Embedding
+from llama.model.sums import SUMMED_AT_ONCE
 
 
 def test_a_token_that_comes_often_gets_its_whole_gradient_in_bf16():

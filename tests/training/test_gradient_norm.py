@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.model import ModelConfig
-from llama.training.optim import SUMMED_AT_ONCE, clip_gradients, gradient_norm
+from llama.model.sums import SUMMED_AT_ONCE
+from llama.training.optim import clip_gradients, gradient_norm
 
 COLUMNS = 1000
 TIED = ModelConfig(vocab_size=41, hidden_size=16, intermediate_size=25, num_hidden_layers=1, num_attention_heads=2,
