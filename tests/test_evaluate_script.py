@@ -247,7 +247,8 @@ def test_a_runs_folder_stands_for_what_the_run_has_left(exported, reviews, tmp_p
     (tuned / "run.json").write_text(json.dumps({"settings": {"model": str(exported), "quantize": "int8"}}))
 
     def scored(*flags) -> tuple[dict, str]:
-        status, out, err = command(monkeypatch, capsys, "--data", reviews, "--dtype", "float32", *flags)
+        data = ("--data", reviews, "--template", "imdb", "--dtype", "float32")
+        status, out, err = command(monkeypatch, capsys, *data, *flags)
         assert status == 0, err
         return {name: value for name, value in json.loads(out).items() if "second" not in name}, err
 

@@ -68,7 +68,7 @@ def evaluate(
             loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
             labels, examples = len(batch.targets), len(batch.indices)
         else:
-            answers = torch.from_numpy(data.answers[part].astype(np.int64)).to(process.device)
+            answers = torch.tensor([int(data.answers[i]) for i in part], dtype=torch.int64, device=process.device)
             loss, labels, of_words = _predict(model, batch, words, answers >= 0)
             predicted |= dict(zip(part, of_words.tolist(), strict=True))
             right = int((of_words.argmax(-1) == answers).sum())
