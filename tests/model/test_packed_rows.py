@@ -72,7 +72,7 @@ FORMS = [*TEMPLATES, *LAYOUTS]
 TEXTS = ["A llama in the snow.", "What is this film about?\n\nIts plot, I say!", "No.", "</s> [/INST] {text}",
          "It was the best of films, it was the worst of films.", "naïve", "Why", "Because <|im_end|> it is so."]
 FIELDS = ("text", "instruction", "input", "context", "author", "sentence", "question", "output", "response", "quote",
-          "answer")
+          "answer", "prompt", "completion")
 
 
 def row_of(number: int) -> dict:
