@@ -6,19 +6,24 @@ from pathlib import Path
 
 from llama.boundary.command_line import is_local_rank_zero
 from llama.boundary.errors import UserError, as_user_error
-from llama.boundary.records import Settings
+from llama.boundary.records import Settings, check_values
 from llama.boundary.untrusted import read_json
+from llama.data.sources import PUBLIC_DATASETS, DataSettings
 
 RUN, MODEL, ADAPTER = "run.json", "model", "adapter"
+HOW_PROMPTS_LOOK = ("template", "system", "control_tokens", "max_length", "truncate_side")
 
 
 def from_runs(settings: Settings) -> Settings:
     """The settings `model`, `adapter` and `quantize` of a script, where the first two may name a run's folder.
 
     --model RUN is the model that the run has left, or else its adapter on its base; --adapter RUN is the adapter alone.
-    An adapter's base is rounded as it was in training. Says what was taken. Raises UserError where a run has left no
-    such thing.
+    An adapter's base is rounded as it was in training. Rows become prompts as they did in training, where no flag says
+    otherwise. Says what was taken. Raises UserError where a run has left no such thing.
     """
+    run = next((Path(name) for name in (settings.adapter, settings.model) if _is_run(name)), None)
+    if run and isinstance(settings, DataSettings):
+        settings = _with_prompts(settings, run)
     if _is_run(settings.model):
         settings = _model_of_run(settings, Path(settings.model))
     if _is_run(settings.adapter):
@@ -60,6 +65,23 @@ def _with_adapter(settings: Settings, folder: Path) -> Settings:
     rounded = "" if quantize == "none" else f", over linears in {quantize}"
     _say(f"--adapter {folder}: taken is {folder / ADAPTER}{rounded}")
     return replace(settings, quantize=quantize)
+
+
+def _with_prompts(settings: DataSettings, folder: Path) -> DataSettings:
+    """The run's template and what else shapes its prompts; another public data set has a template of its own."""
+    with as_user_error(folder / RUN, "what a run writes"):
+        of_run = read_json(folder, RUN).get("settings", {})  # an older run has fewer
+        if settings.data in PUBLIC_DATASETS and settings.data != of_run.get("data"):
+            return settings
+        taken = {}
+        for name in HOW_PROMPTS_LOOK:
+            default = getattr(DataSettings, name)
+            if getattr(settings, name) == default and of_run.get(name, default) != default:
+                taken[name] = of_run[name]
+        check_values(DataSettings, taken, folder / RUN)
+    if taken:
+        _say(f"prompts as in {folder}: " + ", ".join(f"--{name} {value}" for name, value in taken.items()))
+    return replace(settings, **taken)
 
 
 def _setting_of_run(folder: Path, name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama.boundary.errors import UserError
+from llama.evaluation.settings import EvaluationSettings
 from llama.training.finished_run import from_runs
 from lora import MergeSettings
 
@@ -28,6 +29,25 @@ def test_a_merge_takes_the_adapter_of_a_run_and_its_rounding(tmp_path, capsys):
     assert from_runs(settings("base", run)) == settings("base", run / "adapter", "nf4")
     assert capsys.readouterr().err == f"--adapter {run}: taken is {run}/adapter, over linears in nf4\n"
     assert from_runs(settings("base", run, "int8")) == settings("base", run / "adapter", "int8")
+
+
+def test_prompts_are_those_of_the_run_where_no_flag_says_otherwise(tmp_path, capsys):
+    """C12: the data set of another template keeps its own."""
+    of_run = {"data": "mine.jsonl", "template": "mine.txt", "system": None, "control_tokens": None, "max_length": 99,
+              "truncate_side": "right"}
+    run = make_run(tmp_path / "run", "model", **of_run)
+
+    def prompts(**flags) -> tuple:
+        found = from_runs(EvaluationSettings(model=str(run), **flags))
+        return found.template, found.max_length
+
+    assert prompts(data="other.jsonl") == ("mine.txt", 99)
+    assert f"prompts as in {run}: --template mine.txt, --max_length 99\n" in capsys.readouterr().err
+    assert prompts(data="other.jsonl", template="imdb") == ("imdb", 99)
+    assert prompts(data="alpaca") == (None, 512)
+    make_run(tmp_path / "wrong", "model", **of_run | {"max_length": "all"})
+    with pytest.raises(UserError, match="max_length is 'all', expected a whole number"):
+        from_runs(EvaluationSettings(model=str(tmp_path / "wrong"), data="x"))
 
 
 def test_folders_that_are_no_runs_and_hub_ids_stay_as_they_are(tmp_path, capsys):
