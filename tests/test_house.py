@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"model", "boundary", "data", "parallel", "generation"},
     "training": {"model", "boundary", "data", "parallel", "generation", "storage", "evaluation"},
 }
-# What to read in an hour, in this order; the README and llama/__init__.py promise it.
+# What to read in an hour, in this order; ARCHITECTURE.md and llama/__init__.py promise it.
 READING_PATH = [
     *(f"llama/model/{name}.py" for name in (
         "config", "norm", "rope", "attention", "packed", "mlp", "embedding", "loss", "decoder")),
@@ -42,12 +42,11 @@ LONGEST_STORY = 250
 LONGEST_FILE = 300
 LONGEST_FUNCTION = 45
 WIDEST_SIGNATURE = 7
-LONGEST_READING_PATH = 1580  # 1,550 was the aim; exact sums on a CPU (loss, embedding, gradient norm) took 25 more
+LONGEST_READING_PATH = 1550
 TOKENS_A_LINE = 9.5
-# 5,800 was the aim, and cannot be met together with the line above: the product has 46,000 tokens, which at 9.5 a line
-# are 4,860 lines of code, and as many as 2,200 lines are docstrings, comments and blank lines. Loose lines are the
-# better half of the bargain: so this is what the product has now, and it may not grow without a reason.
-LARGEST_PRODUCT = 10700
+# What the product has now; it may not grow without a reason. Half of it reads what strangers bring (folders, tokenizers,
+# chat templates, rows of a dozen forms) and refuses or names what it does not use. The reading path above does not grow.
+LARGEST_PRODUCT = 10750
 
 
 def imports_of(name: str) -> set[str]:
@@ -191,14 +190,14 @@ def test_lines_are_not_dense():
 
 
 def test_the_promised_line_counts_are_true():
-    """README.md says how long the reading path and each room are: within a tenth, so that small changes are free."""
-    readme = (ROOT / "README.md").read_text()
+    """ARCHITECTURE.md says how long the reading path and each room are: within a tenth, so small changes are free."""
+    page = (ROOT / "ARCHITECTURE.md").read_text()
 
     def assert_near(promised: str, lines: int) -> None:
         assert abs(int(promised.replace(",", "")) - lines) <= lines / 10, (promised, lines)
 
     path = sum(lines_of(ROOT / name) for name in READING_PATH)
-    assert_near(re.search(r"([\d,]+) lines to read in an hour", readme)[1], path)
+    assert_near(re.search(r"([\d,]+) lines to read in an hour", page)[1], path)
     for room in MAY_IMPORT:
         lines = sum(lines_of(path) for path in (ROOT / "llama" / room).glob("*.py"))
-        assert_near(re.search(rf"^\| `{room}/` \| ([\d,]+) \|", readme, re.MULTILINE)[1], lines)
+        assert_near(re.search(rf"^\| `{room}/` \| ([\d,]+) \|", page, re.MULTILINE)[1], lines)

@@ -1,4 +1,4 @@
-"""Every command of the README does what it says, in a fresh copy of the project; long ones are shortened by flags."""
+"""Every command of the README and the guide does what it says, in a fresh copy; long ones are shortened."""
 
 import json
 import os
@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from llama.boundary.command_line import parse
+from llama.storage.settings import MergeSettings
+from llama.training.settings import TrainingSettings
+
 ROOT = Path(__file__).resolve().parents[1]
 VENV = r"python3 -m venv \.venv && \. \.venv/bin/activate"
 SET_UP = re.compile(VENV + r" && pip install -r (requirements\S*\.txt) && (.*)")
-COMMANDS = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs/guide.md").read_text()
+COMMANDS = re.findall(r"```bash\n(.*?)\n```", README + GUIDE, re.DOTALL)
 TRAINER = [command for command in COMMANDS if "fsdp_train.py" in command]
 
 
@@ -40,10 +45,15 @@ def start(command: str, clone: Path) -> subprocess.Popen:
         words[0] = sys.executable
     if "fsdp_train.py" in words and "--help" not in words:
         words += ["--max_steps", "2", "--eval_limit", "16"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    environment |= {"LLAMA_CACHE": str(clone.parent / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, cwd=clone, env=environment, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen(words, cwd=clone, env=environment(clone), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
+
+
+def environment(clone: Path) -> dict[str, str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    kept = {name: value for name, value in os.environ.items() if name not in launched}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"LLAMA_CACHE": str(clone.parent / "cache"), "OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def run(command: str, clone: Path) -> str:
@@ -63,17 +73,32 @@ def trained(clone) -> Path:
     return clone / "runs/imdb-tiny"
 
 
-def test_the_readme_opens_with_two_commands_that_set_everything_up():
-    """Exactly two, each whole on a fresh machine; continuous integration runs the second's own words."""
-    assert [i for i, command in enumerate(COMMANDS) if SET_UP.fullmatch(command)] == [0, 1]
-    requirements, command = SET_UP.fullmatch(COMMANDS[1]).groups()
-    assert (requirements, command) == ("requirements-dev.txt", "pytest")
-    assert SET_UP.fullmatch(COMMANDS[0])[2] == "torchrun --nproc_per_node 4 fsdp_train.py --data imdb"
+def test_the_readme_has_two_commands_that_set_everything_up():
+    """Exactly two, each whole on a fresh machine: the first is the README's first, the other runs the tests, and
+    continuous integration runs its own words."""
+    set_ups = [SET_UP.fullmatch(command).groups() for command in COMMANDS if SET_UP.fullmatch(command)]
+    assert SET_UP.fullmatch(COMMANDS[0])
+    assert set_ups == [("requirements.txt", "torchrun --nproc_per_node 4 fsdp_train.py --data imdb"),
+                       ("requirements-dev.txt", "pytest")]
     assert "requirements-dev.txt" in (ROOT / ".ci/run").read_text() and "pytest" in (ROOT / ".ci/run").read_text()
 
 
+TABLE_COMMANDS = re.findall(r"\| `([^`]* (?:fsdp_train|lora)\.py [^`]*)` \|", README)
+
+
+@pytest.mark.parametrize("command", TABLE_COMMANDS)
+def test_the_commands_of_the_tables_have_flags_that_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launcher, script, flags = re.fullmatch(r"(python|torchrun --nproc_per_node \d+) (\w+)\.py (.*)", command).groups()
+    parse({"fsdp_train": TrainingSettings, "lora": MergeSettings}[script], shlex.split(flags))
+
+
+def test_the_tables_hold_commands():
+    assert len(TABLE_COMMANDS) == 5
+
+
 def test_the_first_command_leaves_what_the_readme_says(trained):
-    table = (ROOT / "README.md").read_text().split("## What a run leaves")[1].split("##")[0]
+    table = README.split("## What a run leaves")[1].split("##")[0]
     promised = re.findall(r"^\| `(.*)` \|", table, re.MULTILINE)
     names = {name.strip("/ ") for row in promised for name in row.split("`, `")}
     assert {"model", "metrics.jsonl", "loss.png", "summary.json", "run.json"} < names
@@ -82,8 +107,23 @@ def test_the_first_command_leaves_what_the_readme_says(trained):
     assert json.loads((trained / "summary.json").read_text())["bundled_sample"] is True
 
 
+def test_the_commands_that_ask_write_and_show_the_answer(trained, clone):
+    [commands] = [c for c in COMMANDS if "--predictions" in c]
+    asked = subprocess.run(["bash", "-c", commands], cwd=clone, env=environment(clone), text=True, capture_output=True)
+    answer = json.loads(asked.stdout.splitlines()[-1])
+    assert asked.returncode == 0 and answer["prediction"] in ("positive", "negative"), asked.stderr
+    assert "anything but dull" in answer["prompt"] and "--template imdb" in asked.stderr
+
+
+def test_the_command_that_draws_a_run_writes_its_picture(trained, clone):
+    [command] = [c for c in COMMANDS if "llama.training.curve" in c]
+    (trained / "loss.png").unlink()
+    run(command, clone)
+    assert (trained / "loss.png").exists()
+
+
 def test_the_evaluation_command_prints_the_accuracy(trained, clone):
-    [command] = [c for c in COMMANDS if "evaluate.py" in c]
+    [command] = [c for c in COMMANDS if "evaluate.py" in c and "--predictions" not in c]
     result = json.loads(re.search(r"^\{.*^\}", run(command, clone), re.DOTALL | re.MULTILINE)[0])
     assert result["n"] == 1000 and 0 <= result["accuracy"] <= 1 and result["bundled_sample"]
 
@@ -123,7 +163,8 @@ def test_the_command_that_shows_data_prints_what_the_readme_shows(clone):
 def test_the_template_of_the_readme_renders_a_row(clone):
     from llama.data.templates import Template
 
-    [source] = re.findall(r"```\n(Translate.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    source, in_guide = re.findall(r"```\n(Translate.*?)```", README + GUIDE, re.DOTALL)
+    assert source == in_guide
     segments, _ = Template("french.txt", source).render({"english": "Hello", "french": "Bonjour"}, "")
     assert "".join(s.text for s in segments) == "Translate to French: Hello\nFrench: Bonjour"
 
