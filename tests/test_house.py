@@ -44,8 +44,8 @@ LONGEST_FUNCTION = 45
 WIDEST_SIGNATURE = 7
 LONGEST_READING_PATH = 1550
 TOKENS_A_LINE = 9.5
-# What the product has now; it may not grow without a reason. Half of it reads what strangers bring (folders, tokenizers,
-# chat templates, rows of a dozen forms) and refuses or names what it does not use. The reading path above does not grow.
+# What the product has now; it may not grow without a reason. Half of it reads what strangers bring (folders, chat
+# templates, tokenizers, rows of a dozen forms), and refuses or names what it does not use. The reading path stays.
 LARGEST_PRODUCT = 10750
 
 
