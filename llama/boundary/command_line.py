@@ -14,16 +14,17 @@ from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from llama.boundary.config_file import flags_from
 from llama.boundary.errors import UserError, printable
 from llama.boundary.launch import is_local_rank_zero, refuse_copies, tell_torchrun
-from llama.boundary.records import described_range, kind_of
+from llama.boundary.records import Settings, described_range, kind_of
 from llama.boundary.streams import finish_output, forgiving, open_missing
 
 INTERRUPTED = "interrupted"
 PATIENCE = 10.0  # seconds: once local rank 0 has ended, torchrun ends the others within a second
+OfScript = TypeVar("OfScript", bound=Settings)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +68,7 @@ def underscored(flag: str) -> str:
     return f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
 
 
-def parse(settings: type, argv: Sequence[str] | None = None, description: str | None = None) -> Any:
+def parse(settings: type[OfScript], argv: Sequence[str] | None = None, description: str | None = None) -> OfScript:
     """Build `settings` from the command line. Raises UserError for unknown flags and values of the wrong kind.
 
     Each class that `settings` inherits fields from is a group of --help, under the first line of its docstring.
@@ -77,7 +78,8 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
     for owner in settings.__mro__:
         names = [name for name in vars(owner).get("__annotations__", {}) if name in entries]
         if names:
-            group = parser.add_argument_group(owner.__doc__.splitlines()[0])
+            title = (owner.__doc__ or "").partition("\n")[0]
+            group = parser.add_argument_group(title)
         for name in names:
             _add_flag(group, entries.pop(name))
     found = parser.parse_args(argv)
@@ -87,11 +89,11 @@ def parse(settings: type, argv: Sequence[str] | None = None, description: str | 
     return settings(**vars(found))
 
 
-def _add_flag(group, entry: Field) -> None:
+def _add_flag(group: argparse._ArgumentGroup, entry: Field) -> None:
     kind = kind_of(entry)
     help_text = entry.metadata["help"].replace("%", "%%")
     if kind is bool:  # --compile, or --compile false, against a --config that says true
-        options = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
+        options: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
         group.add_argument(f"--{entry.name}", type=true_or_false, help=help_text, **options)
         return
     required = entry.default is MISSING
@@ -100,14 +102,14 @@ def _add_flag(group, entry: Field) -> None:
         notes.append("required")
     elif entry.default not in (None, ""):  # these: the help text itself says what happens without the flag
         notes.append(f"default: {entry.default}")
-    notes = "; ".join(filter(None, notes))
+    note = "; ".join(filter(None, notes))
     group.add_argument(
         f"--{entry.name}",
         type=kind,
         choices=entry.metadata["choices"],
         required=required,
         default=None if required else entry.default,
-        help=f"{help_text} ({notes})" if notes else help_text,
+        help=f"{help_text} ({note})" if note else help_text,
         **({"nargs": "?", "const": entry.metadata["bare"]} if entry.metadata["bare"] else {}),
     )
 
@@ -125,7 +127,7 @@ def true_or_false(word: str) -> bool:
     return word == "true"
 
 
-def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None:
+def run(main: Callable[[], object], keep_going: bool = False) -> None:
     """Call `main`. A UserError becomes one line on stderr, once per machine, and exit status 2 on every rank.
 
     An OSError, such as a full disk, also becomes one line and status 2; it may happen on one rank only. Ctrl-C becomes
@@ -158,10 +160,13 @@ def run(main: Callable[[], object], keep_going: bool = False) -> NoReturn | None
 
 
 def _prepare_streams(keep_going: bool) -> None:
+    # They are not Python's own in a test, and not when `run` is called again.
+    stdout_is_own = sys.stdout is sys.__stdout__
+    stderr_is_own = sys.stderr is sys.__stderr__
     open_missing()
-    if sys.stderr is sys.__stderr__:  # it is not in a test, and not when `run` is called again
+    if stderr_is_own:
         sys.stderr = forgiving(sys.stderr)
-    if keep_going and sys.stdout is sys.__stdout__:
+    if keep_going and stdout_is_own:
         sys.stdout = forgiving(sys.stdout)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # or a character that the terminal cannot show would raise

@@ -32,9 +32,11 @@ class Launch:
 def launch() -> Launch:
     """Read torchrun's variables. Anything but a complete set of them with possible values means one process."""
     rank, size, local, port = map(_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
-    is_complete = None not in (rank, size, local, port) and os.environ.get("MASTER_ADDR")
-    if not is_complete or not local <= rank < size or not 0 < port < 1 << 16:
-        return Launch(ignored=tuple(name for name in TORCHRUN if name in os.environ))
+    alone = Launch(ignored=tuple(name for name in TORCHRUN if name in os.environ))
+    if rank is None or size is None or local is None or port is None or not os.environ.get("MASTER_ADDR"):
+        return alone
+    if not local <= rank < size or not 0 < port < 1 << 16:
+        return alone
     return Launch(True, size, local, _number("LOCAL_WORLD_SIZE") or local + 1)
 
 

@@ -32,8 +32,9 @@ def setting(
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare, **bounds})
 
 
-def kind_of(entry: Field) -> type:
-    """The type of a field's values: int for `int | None`, because None only ever means "not given"."""
+def kind_of(entry: Field) -> Any:
+    """The type of a field's values, such as bool or tuple[str, ...]: int for `int | None`, because None only ever means
+    "not given"."""
     if isinstance(entry.type, UnionType):
         return next(kind for kind in get_args(entry.type) if kind is not type(None))
     return entry.type
@@ -92,7 +93,7 @@ class Settings:
         """Rules between settings, as (name of a setting, what is expected of it, whether the rule is satisfied)."""
         return []
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         found = [(entry.name, expected_instead(entry, getattr(self, entry.name))) for entry in fields(self)]
         found += [(name, expected) for name, expected, is_so in self.checks() if not is_so]
         wrong = [f"--{name} {getattr(self, name)!s:.200}: expected {expected}" for name, expected in found if expected]

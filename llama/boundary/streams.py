@@ -30,13 +30,14 @@ def open_missing() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDONLY)  # gets the lowest free number, which is this one
     if sys.stdout is None:
-        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+        sys.stdout = open(1, "w", closefd=False)
     if sys.stderr is None:
-        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
 
 
 def forgiving(stream: TextIO) -> TextIO:
     """The same standard stream, but one whose writes never fail."""
+    assert isinstance(stream, io.TextIOWrapper)  # as Python's own are
     stream.flush()
     raw = Forgiving(stream.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
