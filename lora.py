@@ -113,7 +113,7 @@ def length_ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
     return (magnitude + is_zero) / (norms + is_zero)
 
 
-def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
+def apply_adapter(model: Llama, adapter: Adapter) -> None:
     """Freeze the model and put an adapter on each target, in place: every base parameter keeps its name.
 
     A target is the end of a module's name, such as q_proj, or `all-linear`: all in the decoder layers. Raises
@@ -134,6 +134,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
         linear = linears[name]
         # Change the object's class instead of wrapping it (FSDP does the same): parameter names and hooks stay.
         linear.__class__ = WITH_ADAPTER[type(linear)]
+        assert isinstance(linear, LoRALinear)
         linear.add_adapter(adapter)
 
 
@@ -170,7 +171,7 @@ def _local_rows(linear: LoRALinear) -> Tensor:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, quantized: str | None = None, rounding: Rounding | None = None) -> None:
+def merge(model: Llama, quantized: str | None = None, rounding: Rounding | None = None) -> None:
     """Add every adapter to its base weight and remove it; the model's output stays the same. Collective.
 
     W <- W + s B A, and for DoRA its rows scaled to length m. `quantized`: int8 or nf4 if the adapter was trained over
@@ -192,12 +193,13 @@ def merge(model: nn.Module, quantized: str | None = None, rounding: Rounding | N
         if rounding:
             rounding.add(weight, rows)
         weight.copy_(rows)
-        linear.__class__ = nn.Linear
+        plain: nn.Linear = linear
+        plain.__class__ = nn.Linear
         for child in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            delattr(linear, child)
+            delattr(plain, child)
 
 
-def _round_as(model: nn.Module, kind: str) -> None:
+def _round_as(model: Llama, kind: str) -> None:
     """Round the linears of the decoder layers as `quantize` does, and keep them as plain weights."""
     packed = KINDS[kind]
     for name, linear in model.layers.named_modules():

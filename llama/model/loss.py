@@ -38,11 +38,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 continue
             minus_one = -torch.ones_like(target, dtype=loss_dtype)
             d_logits = z.div_(sums).scatter_add_(1, target, minus_one).to(hidden.dtype)
-            if need_hidden:
+            if d_hidden is not None:
                 d_hidden[start : start + chunk] = d_logits @ weight
-            if need_weight:
+            if d_weight is not None:
                 d_weight += d_logits.t() @ rows
-        if need_weight:
+        if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss

@@ -10,17 +10,14 @@ else, so packing changes no logit. Three ways compute the same:
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
-VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 QUERY_ROWS = 128  # of a block; with 9 heads and 512 keys their scores are 1.2 MB in bf16, about the cache of one core
 
 
@@ -41,7 +38,7 @@ class PackedDocuments:
         """Causal attention within each document. q (T, N, H), k and v (T, K, H) -> (T, N, H)."""
         if not q.is_cuda:
             return self.attend_blocks(q, k, v)
-        if varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        if q.dtype in (torch.bfloat16, torch.float16):
             return varlen(q, k, v, self.boundaries, max(self.lengths))
         return self.attend_sdpa(q, k, v)
 
@@ -81,14 +78,16 @@ class PackedDocuments:
 def varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
     """The variable-length flash kernel, causal within each document. PyTorch has renamed its options: causal is
     `is_causal` in 2.10 and `window_size` later; `enable_gqa` (shared key/value heads) exists from 2.12 on."""
-    options = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
     group = q.shape[1] // k.shape[1]
     if group > 1 and "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = True
     elif group > 1:
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
-    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
+    output = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
+    assert isinstance(output, Tensor)  # it is a tuple only if more is asked for
+    return output
 
 
 def _cut(lengths: list[int]) -> list[tuple[int, int, int]]:

@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from llama.model.decoder import Llama
+
 WEIGHTS_PER_SCALE = 64  # neighbours in a row that share an absmax in nf4
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -103,7 +105,8 @@ class Int8Linear(QuantizedLinear):
         return {"weight": codes.to(torch.int8), "weight_scale": _bytes(scale)}
 
     @staticmethod
-    def dequantize_rows(weight, scale, *, dtype):
+    def dequantize_rows(*packed, dtype):
+        weight, scale = packed
         return weight.to(dtype) * scale.view(torch.float32).to(dtype)
 
 
@@ -142,7 +145,8 @@ class NF4Linear(QuantizedLinear):
         }
 
     @staticmethod
-    def dequantize_rows(weight, absmax, scale, *, dtype):
+    def dequantize_rows(*packed, dtype):
+        weight, absmax, scale = packed
         pairs = _code_pairs(dtype, weight.device).index_select(0, weight.flatten().int()).view(dtype)
         scales = (absmax.float() * scale.view(torch.float32)).to(dtype)
         return (pairs.view(*scales.shape, WEIGHTS_PER_SCALE) * scales[..., None]).flatten(1)
@@ -165,7 +169,7 @@ def _bytes(scale: Tensor) -> Tensor:
 KINDS = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
-def quantize(model: nn.Module, kind: str) -> None:
+def quantize(model: Llama, kind: str) -> None:
     """Replace each linear of the decoder layers by a quantised one, without values. Embedding and lm_head stay.
 
     Raises ValueError for a linear that cannot be packed: its name, its columns, what was expected.

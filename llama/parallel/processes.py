@@ -104,7 +104,7 @@ def name_of_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         name = store.get(f"answer/{name}").decode()
         store.add(f"{name}/heard", 1)
         return name
-    answered = set()
+    answered: set[int] = set()
     give_up = time.monotonic() + TIMEOUT.total_seconds()
     while (heard := store.add(f"{name}/heard", 0)) < world_size - 1:
         for number in set(range(1, store.add("asked", 0) + 1)) - answered:
@@ -134,5 +134,5 @@ def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capable = getattr(torch.cpu, "get_capabilities", dict)()
+    capable: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if capable.get("avx512_bf16") or capable.get("amx_bf16") else torch.float32

@@ -33,7 +33,7 @@ def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
         start[placement.dim] += before
         size[placement.dim] = min(chunk, size[placement.dim] - before)
     with torch.no_grad():
-        local = tensor.detach().to_local()
+        local = tensor.to_local().detach()
     if list(local.shape) != size:
         raise ValueError(f"{tensor.placements} of {list(tensor.shape)} gives {list(local.shape)}, not {size}")
     return local, start
