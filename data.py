@@ -26,6 +26,7 @@ from llama.data.chat import Renderer
 from llama.data.examples import EncodedData, encode_file
 from llama.data.formats import find_template
 from llama.data.sources import HELD_OUT, TINY_TOKENIZER, DataSettings, Source, resolve
+from llama.data.templates import Template
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.data.unlabelled import UnlabelledTemplate
@@ -48,8 +49,8 @@ def main() -> None:
     tiny = settings.model == "tiny"
     tokenizer = load_tokenizer(TINY_TOKENIZER if tiny else find_model(settings.model), settings.control_tokens)
     data = load_data(settings, tokenizer, use_hub=not (tiny and settings.data == "imdb"))
-    splits = {"train": data.train, "test": data.test}
-    splits = {name: part for name, part in splits.items() if part}
+    parts = {"train": data.train, "test": data.test}
+    splits = {name: part for name, part in parts.items() if part}
     for note in tokenizer.notes:
         print(note)
     print_summary(data, splits)
@@ -95,6 +96,7 @@ class DataSet:
 
     def counts(self) -> dict:
         """For the records of a run."""
+        assert self.train is not None  # a run has examples to train on
         return {
             "train": len(self.train),
             "test": len(self.test) if self.test else 0,
@@ -108,6 +110,7 @@ class DataSet:
         lines = self.warnings()
         if self.bad_row_count:
             lines.append(f"{self.bad_row_count} bad rows were left out, the first: {self.first_bad_rows[0]}")
+        assert self.train is not None  # as above
         tokens, cut = self.train.lengths.mean(), self.train.was_cut.mean()
         size = f"{len(self.train)} examples of {tokens:.0f} tokens, {cut:.1%} of them cut"
         return [*lines, f"{size}, by the template {self.template.name}"]
@@ -136,7 +139,7 @@ def load_data(
     """
     source = resolve(settings.data, settings.data_dir, use_hub)
     template = find_template(settings.template, source, tokenizer, settings.system)
-    if predict and template.answers:
+    if predict and isinstance(template, Template) and template.answers:
         template = UnlabelledTemplate(template)
     limits = (settings.max_length, settings.truncate_side, source.category, settings.skip_bad_rows)
     fraction = settings.test_fraction

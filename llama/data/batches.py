@@ -119,7 +119,7 @@ class Schedule:
             chosen += self._order(epoch)[max(start - first, 0) : stop - first].tolist()
         if self.packs is None:
             return deal(chosen, self.lengths, self.micro_batches_per_step, self.batch_size)
-        empty = [[] for _ in range(self.micro_batches_per_step - len(chosen))]
+        empty: list[list[int]] = [[] for _ in range(self.micro_batches_per_step - len(chosen))]
         return [self.packs[i] for i in chosen] + empty
 
     def imbalance(self, world_size: int, steps: int = 100) -> float:
@@ -179,7 +179,7 @@ def fill_packs(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]
         place = bisect_left(rooms, length)
         if place == len(rooms):
             room = capacity
-            pack = []
+            pack: list[int] = []
             packs.append(pack)
         else:
             room = rooms[place]

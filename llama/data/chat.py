@@ -166,17 +166,17 @@ def _differences(chat: Chat, system: str | None, template: ChatTemplate, files: 
     if problem:
         return [f"PROMPT: the chat template of {template.tokenizer.path} cannot be compared: {problem}; {SERVE}"]
     differing = []
-    for (where, turns), (theirs, error) in zip(asked, written, strict=True):
+    for (where, turns), (theirs, refusal) in zip(asked, written, strict=True):
         trained = chat.prepared(list(turns))
-        if error or prompt_ids(chat.name, trained, template.tokenizer) != template.ids(theirs):
-            differing.append((where, prompt_text(chat.name, trained, template.tokenizer), theirs, error))
+        if refusal or prompt_ids(chat.name, trained, template.tokenizer) != template.ids(theirs):
+            differing.append((where, prompt_text(chat.name, trained, template.tokenizer), theirs, refusal))
     if not differing:
         return []
-    where, ours, theirs, error = differing[0]
+    where, ours, theirs, refusal = differing[0]
     count = f"{len(differing)} of the first {len(asked)} prompts"
     note = f"PROMPT: {count} are not what the chat template of {template.tokenizer.path} writes. {where}: "
-    if error:
-        return [f"{note}trained as {_cut(ours, 0)}, but it refuses the conversation ({error}); {SERVE}"]
+    if refusal:
+        return [f"{note}trained as {_cut(ours, 0)}, but it refuses the conversation ({refusal}); {SERVE}"]
     if ours == theirs:
         why = "transformers encodes it as a whole, we each message apart, and a control token in a message stays text"
         return [f"{note}the text is the same, {_cut(ours, 0)}, but its ids are not: {why}"]

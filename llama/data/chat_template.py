@@ -170,7 +170,7 @@ def read_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     if (folder / "chat_template.jinja").exists():
         path = inside(folder, "chat_template.jinja", "")
         with as_user_error(path, "a chat template in UTF-8"), open(path, encoding="utf-8") as file:
-            source = file.read(CHARACTERS + 1)
+            source: Any = file.read(CHARACTERS + 1)
     else:
         source = _settings(tokenizer, "tokenizer_config.json").get("chat_template")
         if source is None:
@@ -200,8 +200,9 @@ def prompt_text(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str
 def prompt_ids(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     """The ids that are trained as the prompt of the next answer."""
     longest = 1 << 30
-    encoded = encode_rows([_prompt(layout, turns)], tokenizer, longest, "right")
-    return encoded[0].ids
+    (encoded,) = encode_rows([_prompt(layout, turns)], tokenizer, longest, "right")
+    assert encoded is not None  # it has no answer of which no label could fit
+    return encoded.ids
 
 
 def _prompt(layout: str, turns: Sequence[Turn]) -> list:

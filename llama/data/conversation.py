@@ -26,7 +26,7 @@ ROLES = {
 }
 READ = {"role", "from", "content", "value", "weight", "train"}
 BOOKKEEPING = {"id", "message_id", "parent_id", "uuid", "timestamp", "created_at"}
-NOTHING = (None, "", "[]", [], {})  # what counts as absent
+NOTHING: tuple[object, ...] = (None, "", "[]", [], {})  # what counts as absent
 EXPECTED = "{messages: list of {role: str, content: str}}"
 
 
@@ -128,17 +128,17 @@ def _with_system_column(row: dict, turns: list[Turn], where: str) -> list[Turn]:
     for name in TOOLS:
         if row.get(name) not in NOTHING:
             raise UserError(f"{where}: has {name}, which no layout renders; remove it, or write it into a system turn")
-    name = _only(row, SYSTEM, where)
-    if name is None:
+    column = _only(row, SYSTEM, where)
+    if column is None:
         return turns
-    text = row[name]
+    text = row[column]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {name} is of type {type(text).__name__}, expected text")
-    check_text(text, name, where)
+        raise UserError(f"{where}: {column} is of type {type(text).__name__}, expected text")
+    check_text(text, column, where)
     if not text.strip() or text == turns[0].content:
         return turns
     if turns[0].role == "system":
-        raise UserError(f"{where}: {name} is not the system message of the conversation, expected one of them")
+        raise UserError(f"{where}: {column} is not the system message of the conversation, expected one of them")
     return [Turn("system", text), *turns]
 
 

@@ -5,14 +5,14 @@ The cache is found by content. It is checked when it is opened, so a damaged fil
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class EncodedData:
         """What a cache folder holds of the files at `paths`. Raises OSError, ValueError, LookupError or TypeError when
         the folder is damaged."""
         about = json.loads((folder / "about.json").read_text())
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, dtype in FILES.items():
             count = about["tokens" if name in TOKENS else "examples"]
             expected = (count * np.dtype(dtype).itemsize, about["crc"][name])
@@ -118,8 +118,8 @@ class EncodedData:
     @cached_property
     def fingerprint(self) -> str:
         """CRC-32 of the tokens, of which tokens are labels, and of the order of the examples."""
-        crc = zlib.crc32(np.ascontiguousarray(self.starts), self.crc + self.with_prompts)
-        return f"{zlib.crc32(np.ascontiguousarray(self.stops), crc):08x}"
+        crc = zlib.crc32(np.ascontiguousarray(self.starts).data, self.crc + self.with_prompts)
+        return f"{zlib.crc32(np.ascontiguousarray(self.stops).data, crc):08x}"
 
     @cached_property  # a step asks for it several times
     def lengths(self) -> np.ndarray:
@@ -165,7 +165,7 @@ def encode_file(
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     code = sorted(Path(__file__).parent.glob("*.py"))
     before = [_identity(path) for path in paths]
-    key = [digest([*paths, *tokenizer.files, *code]), [suffix_of(path) for path in paths]]
+    key: list[object] = [digest([*paths, *tokenizer.files, *code]), [suffix_of(path) for path in paths]]
     key += [template.name, template.source, max_length, truncate_side, category]
     key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.spelled]
     key += [version("sentencepiece"), version("tokenizers")]
@@ -243,8 +243,8 @@ def _encode(
 
 def _write(folder: Path, rows: RenderedRows, batches: Iterable[tuple[Examples, Errors]]) -> None:
     """Append examples to the files of `folder`. Only one batch is in memory, however large the data is."""
-    about = {"examples": 0, "tokens": 0, "bad_row_count": 0, "crc": dict.fromkeys(FILES, 0)}
-    first_bad_rows = []
+    about: dict[str, Any] = {"examples": 0, "tokens": 0, "bad_row_count": 0, "crc": dict.fromkeys(FILES, 0)}
+    first_bad_rows: list[tuple[int, str]] = []
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in FILES}
         for examples, errors in batches:
@@ -257,7 +257,7 @@ def _write(folder: Path, rows: RenderedRows, batches: Iterable[tuple[Examples, E
     (folder / "about.json").write_text(json.dumps(about | {"first_bad_rows": first_bad_rows, "unused": rows.unused}))
 
 
-def _append(files: dict[str, BinaryIO], examples: Examples, about: dict) -> None:
+def _append(files: Mapping[str, BinaryIO], examples: Examples, about: dict) -> None:
     lengths = [len(example.ids) for _, example in examples]
     values = {
         "tokens": chain.from_iterable(example.ids for _, example in examples),
@@ -269,8 +269,8 @@ def _append(files: dict[str, BinaryIO], examples: Examples, about: dict) -> None
         "was_cut": (example.was_cut for _, example in examples),
     }
     for name, dtype in FILES.items():
-        array = np.fromiter(values[name], dtype)
+        array: np.ndarray = np.fromiter(values[name], dtype)
         files[name].write(array.data)  # not array.tofile, which does not report a full disk
-        about["crc"][name] = zlib.crc32(array, about["crc"][name])
+        about["crc"][name] = zlib.crc32(array.data, about["crc"][name])
     about["examples"] += len(examples)
     about["tokens"] += sum(lengths)

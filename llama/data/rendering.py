@@ -45,7 +45,7 @@ class RenderedRows:
         self._needed = set() if is_users_own else PROMPT_FIELDS - self._used
 
     def __iter__(self) -> Iterator[Row]:
-        others = Counter()
+        others: Counter[str] = Counter()
         found = False
         last = 0
         for file, path in enumerate(self.paths):

@@ -125,7 +125,7 @@ def _resolve_public(name: str, data_dir: str | None, category: str | None, use_h
     if data_dir is not None:
         path = Path(data_dir)
         bundled = os.path.realpath(path) == os.path.realpath(SAMPLE)
-        files = {"train": (path,)} if path.is_file() else _split_files(path)
+        files: dict[str, tuple[Path, ...]] = {"train": (path,)} if path.is_file() else _split_files(path)
         return Source(name, files, category, bundled)
     try:
         if not use_hub:
@@ -175,7 +175,7 @@ def _stem(path: Path) -> str:
 
 def _groups(folder: Path) -> dict[tuple[str, str], list[Path]]:
     """{(stem, suffix): files} of the data files in a folder, where the files of one split share a stem."""
-    groups = {}
+    groups: dict[tuple[str, str], list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(tuple(READERS)) and path.is_file():
             stem = _stem(path)
@@ -189,9 +189,9 @@ def _all_shards(folder: Path, paths: list[Path]) -> tuple[Path, ...]:
     shards = [SHARD.search(_stem(path)) for path in paths]
     if len(paths) == 1 and shards[0] is None:
         return tuple(paths)
-    found = [(int(shard["index"]), int(shard["count"])) if shard else None for shard in shards]
+    found = [(int(shard["index"]), int(shard["count"])) for shard in shards if shard]
     count = len(paths)
-    if None in found or sorted(found) != [(index, count) for index in range(count)]:
+    if sorted(found) != [(index, count) for index in range(count)]:
         names = first_few([path.name for path in paths])
         raise UserError(f"{folder}: found {names}, expected every file of one set, from 0 to the number after -of-")
     return tuple(path for _, path in sorted(zip(found, paths, strict=True)))

@@ -122,10 +122,10 @@ class Template:
         Raises UserError, beginning with `where`, for a row whose fields do not fit.
         """
         for spans in self.alternatives:
-            values = {field: self._value(row, field, where) for field in _fields(spans)}
-            if None not in values.values():
-                return self._fill(spans, values)
-        missing = [field for field, value in values.items() if value is None]
+            found = [(field, self._value(row, field, where)) for field in _fields(spans)]
+            missing = [field for field, value in found if value is None]
+            if not missing:
+                return self._fill(spans, {field: value for field, value in found if value is not None})
         raise self._misfit(row, where, missing[0])
 
     def _fill(self, spans: list[Span], values: dict[Field, str | int]) -> tuple[list[Segment], int]:
@@ -136,11 +136,13 @@ class Template:
             for piece in span.pieces:
                 if isinstance(piece, str):
                     text += piece
-                elif piece.words:
-                    answer = values[piece]
-                    text += piece.words[answer]
+                    continue
+                value = values[piece]
+                if isinstance(value, int):
+                    answer = value
+                    text += piece.words[value]
                 else:
-                    text += values[piece]
+                    text += value
             segments.append(Segment(text, span.answer, span.may_cut))
         if not self.answers:
             segments.append(Segment(END, answer=True, control=True))

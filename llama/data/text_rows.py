@@ -11,8 +11,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from llama.boundary.errors import UserError, first_few
 from llama.boundary.untrusted import without_repetition
@@ -20,6 +20,7 @@ from llama.boundary.untrusted import without_repetition
 # Tokenizing a text of this many bytes takes some GB. A longer line is a bad row, and is never in memory as a whole.
 LONGEST_LINE = 16 << 20
 BEGINNING = 1 << 12  # bytes that show whether a JSON file is a list
+NO_SPACE = re.compile(r"[^ \t\n\r]")
 PIECE = 1 << 16  # bytes of a JSON list that are read at once
 NumberedRows = Iterator[tuple[int, dict | UserError]]
 TABLE_ERRORS = {
@@ -91,7 +92,7 @@ def _column_names(cells: list[str], where: str, separator: str) -> list[str]:
     return names
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
@@ -171,7 +172,7 @@ def _read_list(path: Path, start: int, closing: str) -> NumberedRows:
 class _Window:
     """A JSON text of any length, of which only the part that is being parsed is in memory."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BufferedIOBase):
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._parser = json.JSONDecoder(object_pairs_hook=without_repetition)
@@ -194,7 +195,8 @@ class _Window:
     def next_character(self) -> str:
         """The next character that is no space, without going past it; "" at the end of the file."""
         while True:
-            self._at = re.compile(r"[ \t\n\r]*").match(self._text, self._at).end()
+            following = NO_SPACE.search(self._text, self._at)
+            self._at = following.start() if following else len(self._text)
             if self._at < len(self._text) or self._has_ended:
                 return self._text[self._at : self._at + 1]
             self._grow()

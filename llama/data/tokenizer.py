@@ -79,32 +79,36 @@ class Tokenizer(ABC):
             surrogate = re.search("[\ud800-\udfff]", text)  # an escape sequence in JSON can stand for half a character
             if surrogate:
                 raise UserError(f"text: lone surrogate at character {surrogate.start()}, expected Unicode")
-        batch = self._ids_and_added(texts, starts_text) if self._splitter else self._ids(texts, starts_text)
+        if self._splitter:
+            batch = self._ids_and_added(texts, starts_text, self._splitter)
+        else:
+            batch = self._ids(texts, starts_text)
         if starts_text and self.bos_id is not None:
             bos = [self.bos_id]
             return [ids if ids[:1] == bos else bos + ids for ids in batch]  # a text may spell BOS, if it is `spelled`
         return batch
 
-    def _ids_and_added(self, texts: list[str], starts_text: bool) -> list[list[int]]:
+    def _ids_and_added(self, texts: list[str], starts_text: bool, splitter: Splitter) -> list[list[int]]:
         """`_ids` of what lies between added tokens, and the ids of those."""
         between: dict[bool, list[str]] = {True: [], False: []}
         plans = []  # for each text, of each part: an id, or how its letters are encoded
-        for parts in self._splitter.split(texts):
+        for parts in splitter.split(texts):
             plan: list[AddedToken | bool] = []
             for i, part in enumerate(parts):
-                if isinstance(part, str):
-                    before = parts[i - 1] if i else None
-                    anew = self._splitter.starts_anew(before, part) if before else starts_text
-                    between[anew].append(part)
-                    part = anew
-                plan.append(part)
+                if isinstance(part, AddedToken):
+                    plan.append(part)
+                    continue
+                before = parts[i - 1] if i else None
+                anew = splitter.starts_anew(before, part) if isinstance(before, AddedToken) else starts_text
+                between[anew].append(part)
+                plan.append(anew)
             plans.append(plan)
         encoded = {anew: iter(self._ids(parts, anew)) for anew, parts in between.items()}
         batch = []
         for plan in plans:
             ids = []
-            for part in plan:
-                ids += next(encoded[part]) if isinstance(part, bool) else [part.id]
+            for planned in plan:
+                ids += next(encoded[planned]) if isinstance(planned, bool) else [planned.id]
             batch.append(ids)
         return batch
 
@@ -117,7 +121,7 @@ class Tokenizer(ABC):
         Raises UserError for an id that is not in the vocabulary.
         """
         text = ""
-        plain = []
+        plain: list[int] = []
         for id in map(int, ids):
             if not 0 <= id < self.vocab_size:
                 raise UserError(f"{self.path}: token id {id}, expected 0 to {self.vocab_size - 1}")

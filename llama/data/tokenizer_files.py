@@ -84,8 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
             special = whole.is_control(id) or whole.is_unknown(id)
             if special or (piece in user_defined and "▁" not in piece):  # that stands for a space, in no raw text
                 own.append(AddedToken(piece, id, special))
-        ends = [id if id >= 0 else None for id in (whole.bos_id(), whole.eos_id())]
-        facts = read_folder(path, file, vocab, own, *ends, spelled)
+        bos_id, eos_id = (id if id >= 0 else None for id in (whole.bos_id(), whole.eos_id()))
+        facts = read_folder(path, file, vocab, own, bos_id, eos_id, spelled)
         legacy = bool(read_settings(file.parent).get("legacy"))
         super().__init__(facts, Splitter(facts.in_texts, None, legacy) if facts.in_texts else None)
 
@@ -192,8 +192,8 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 def _template_ends(post_processor: dict | None) -> tuple[int | None, list[int]]:
     """The id that a TemplateProcessing, alone or in a Sequence, puts before every text, and those that it puts behind.
     """
-    before = []
-    behind = []
+    before: list[int] = []
+    behind: list[int] = []
     for step in post_processor.get("processors", [post_processor]) if post_processor else []:
         if step["type"] not in ("TemplateProcessing", "ByteLevel"):
             raise ValueError(f"{step['type']} as post-processor instead of TemplateProcessing")

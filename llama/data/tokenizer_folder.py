@@ -103,7 +103,7 @@ def _read_tokens(file: Path, folder: Path, settings: dict, own: Sequence[AddedTo
     listed = [AddedToken(text, id, normalized=True) for text, id in more.items()]
     listed += own
     listed += [AddedToken.read(values, int(id)) for id, values in declared.items()]
-    tokens = {}
+    tokens: dict[str, AddedToken] = {}
     for token in listed:
         before = tokens.get(token.content, token)
         if before.id != token.id:
@@ -119,7 +119,8 @@ def _named_tokens(settings: dict) -> list[str]:
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         more = settings.get(key) or []
         named += more.values() if isinstance(more, dict) else more
-    return [text_of(token) for token in named]
+    names = map(text_of, named)
+    return [name for name in names if name is not None]
 
 
 def text_of(token: str | dict | None) -> str | None:
@@ -134,8 +135,8 @@ def _begin_token(file: Path, settings: dict, ids: dict[str, int], bos_id: int | 
     if file.suffix != ".json":
         if asked is False:
             return None, []
-        named = ids.get(text_of(settings.get("bos_token")))
-        return (named if asked and named is not None else bos_id), []
+        named = text_of(settings.get("bos_token"))
+        return (ids[named] if asked and named in ids else bos_id), []
     if asked is None or asked == (bos_id is not None):
         return bos_id, []
     found = "puts no token" if bos_id is None else f"puts token {bos_id}"
