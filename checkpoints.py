@@ -47,11 +47,13 @@ def main() -> None:
 
 def chosen(asked: Namespace, found: list[Path]) -> Path:
     """The checkpoint that --step names."""
-    if asked.step != "best":
-        return find(asked.run / "checkpoints", asked.step or "newest")
-    path = best(found)
-    if path is None:
-        raise UserError(f"{asked.run}: no checkpoint has a held-out loss: the run had no --eval_every")
+    if asked.step == "best":
+        path = best(found)
+        if path is None:
+            raise UserError(f"{asked.run}: no checkpoint has a held-out loss: the run had no --eval_every")
+        return path
+    path = find(asked.run / "checkpoints", asked.step or "newest")
+    assert path is not None  # only where there is no checkpoint at all
     return path
 
 

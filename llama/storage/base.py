@@ -84,7 +84,7 @@ class Base:
         with torch.device("meta"):
             parameters = hugging_face_parameters(Llama(config))
         dtypes = check_tensors(parameters, folder, "model", superfluous_names(config))
-        sizes = Counter()
+        sizes: Counter[torch.dtype] = Counter()
         for parameter_name, parameter in parameters.items():
             sizes[dtypes[parameter_name]] += parameter.numel()
         ((dtype, _),) = sizes.most_common(1)

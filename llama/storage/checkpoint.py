@@ -9,6 +9,7 @@ import math
 import shutil
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from llama.storage.manifest import MANIFEST, PIN, Manifest, best, published, ste
 from llama.storage.slices import read_tensors, write_tensors
 
 DELETING = ".deleting"
-Tensors = dict[str, dict[str, Tensor]]  # by the stem of their file ("model", "optimizer"), then by name
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by the stem of their file ("model", "optimizer"), then by name
 
 
 def load_checkpoint(path: Path, tensors: Tensors) -> None:
@@ -68,9 +69,7 @@ class Saver:
         if not self.in_background:
             _write(self.folder, parts, manifest, self.keep)
             return
-        copies = {}
-        for stem, named in parts.items():
-            copies[stem] = {name: part.copied() for name, part in named.items()}
+        copies = {stem: {name: part.copied() for name, part in own.items()} for stem, own in parts.items()}
         # A daemon thread: a process that has to end does not wait for it.
         self.thread = threading.Thread(target=self._write_in_background, args=(copies, manifest), daemon=True)
         self.thread.start()

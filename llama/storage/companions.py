@@ -61,7 +61,7 @@ class Companions:
     ) -> "Companions":
         """Those of a base whose answers now end in the token `end_of_turn`; None: in the tokenizer's own end token."""
         learned = tokenizer.eos_id if end_of_turn is None else end_of_turn
-        eos_ids = [learned]
+        eos_ids: list[int | None] = [learned]
         for values in (config_json, _read_if_among(tokenizer.files, GENERATION)):
             known = values.get("eos_token_id")
             eos_ids += known if isinstance(known, list) else [known]
@@ -104,7 +104,7 @@ class Companions:
         texts = {} if self.card is None else {CARD: self.card}
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template  # transformers before 4.43 reads it nowhere else
-            texts |= self._template_files()
+            texts |= self._template_files(self.chat_template)
         special = {"eos_token": self.eos_token} if self.eos_token and self._has(SPECIAL) else {}
         generation = special_tokens if not self._has(GENERATION) else {}
         changes = {SETTINGS: settings, SPECIAL: special, GENERATION: generation | self.special_tokens}
@@ -117,15 +117,15 @@ class Companions:
     def _has(self, name: str) -> bool:
         return name in map(_name_in_export, self.files)
 
-    def _template_files(self) -> dict[str, str]:
+    def _template_files(self, trained: str) -> dict[str, str]:
         """{name: text} of the chat template that was trained on, and of the base's others under other names."""
         others = chat_templates(self.files)
-        replaced = others.pop("default", self.chat_template)
-        if replaced.strip() not in {text.strip() for text in (self.chat_template, *others.values())}:
+        replaced = others.pop("default", trained)
+        if replaced.strip() not in {text.strip() for text in (trained, *others.values())}:
             free = (f"base-{number}" for number in range(2, len(others) + 3))
             name = "base" if "base" not in others else next(name for name in free if name not in others)
             others[name] = replaced
-        return {CHAT_TEMPLATE: self.chat_template} | {f"{CHAT_TEMPLATES}/{k}.jinja": v for k, v in others.items()}
+        return {CHAT_TEMPLATE: trained} | {f"{CHAT_TEMPLATES}/{k}.jinja": v for k, v in others.items()}
 
 
 NO_COMPANIONS = Companions()

@@ -37,7 +37,8 @@ def lay_out(
 ) -> Layout:
     """Plan files of at most max_file_bytes of tensors each, or a single larger one. Touches no disk."""
     bytes_of = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    shares, filled = [[]], 0
+    shares: list[list[str]] = [[]]
+    filled = 0
     for name, size in bytes_of.items():
         if shares[-1] and filled + size > max_file_bytes:
             shares.append([])
@@ -48,7 +49,8 @@ def lay_out(
     for number, names in enumerate(shares, 1):
         numbered = f"-{number:05d}-of-{len(shares):05d}" if len(shares) > 1 else ""
         file = f"{stem}{numbered}.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in sorted(names, key=lambda name: -dtypes[name].itemsize):  # wide types first: all are aligned
             begin, end = end, end + bytes_of[name]
             header[name] = {

@@ -100,7 +100,7 @@ def published(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("step-"))
 
 
 def find(folder: Path, wanted: str) -> Path | None:
@@ -130,7 +130,7 @@ def best(found: list[Path]) -> Path | None:
             continue  # a damaged one is reported when somebody wants to use it
         if "loss" in held_out:
             losses[path] = held_out["loss"]
-    return min(reversed(losses), key=losses.get, default=None)
+    return min(reversed(losses), key=lambda path: losses[path], default=None)
 
 
 def compare(path: Path, saved: dict, identity: dict, allowed: str = "") -> None:

@@ -60,7 +60,7 @@ def rounding_of_training(model: Llama, base: Path, dtype: torch.dtype) -> Roundi
     read any more.
     """
     rounding = Rounding(dtype)
-    sinks = {}
+    sinks: dict[str, Sink] = {}
     for name, parameter in hugging_face_parameters(model).items():
         if parameter.requires_grad:
             sinks[name] = _comparing_sink(parameter, rounding)

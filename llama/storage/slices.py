@@ -8,11 +8,12 @@ copy of the whole anywhere. https://github.com/huggingface/safetensors
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,10 @@ Accepts = Callable[[str], object]  # True for the name of a tensor that a file m
 
 
 def read_tensors(
-    tensors: dict[str, Tensor | Sink], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
+    tensors: Mapping[str, Tensor | Sink],
+    folder: Path,
+    stem: str = "model",
+    allow_unexpected: Accepts = lambda name: False,
 ) -> None:
     """Fill every tensor in place from `stem`.safetensors, or from the files that its index names.
 
@@ -86,7 +90,7 @@ def read_tensors(
 
 
 def check_tensors(
-    tensors: dict[str, Tensor], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
+    tensors: Mapping[str, Tensor], folder: Path, stem: str = "model", allow_unexpected: Accepts = lambda name: False
 ) -> dict[str, torch.dtype]:
     """Raise what `read_tensors` would raise for these tensors, but read none: they may be on the meta device. Returns
     the dtypes in which the files hold them."""
@@ -115,7 +119,7 @@ def differ(folder: Path, first: str, second: str, stem: str = "model") -> bool:
         return False
 
 
-def _matching(wanted: dict, folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
+def _matching(wanted: Mapping[str, Any], folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
     """A lazy view of the file for each wanted name. All must be there, and nothing else; shapes and dtypes must fit."""
     found = _open_files(Path(folder), stem, stack)
     missing = [name for name in wanted if name not in found]
@@ -141,7 +145,8 @@ def _matching(wanted: dict, folder: Path, stem: str, allow_unexpected: Accepts, 
 def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
     """Map a folder's weights into memory: a lazy view of the file for each tensor's name."""
     files, file_of = weight_files(folder, stem)
-    found, found_in = {}, {}
+    found: dict[str, Any] = {}
+    found_in: dict[str, str] = {}
     for file in files:
         path = inside(folder, file, ".safetensors")
         try:
@@ -183,7 +188,7 @@ def _read_part(view, sink: Sink) -> None:
 
 
 def write_tensors(
-    tensors: dict[str, Tensor | Part],
+    tensors: Mapping[str, Tensor | Part],
     folder: Path,
     stem: str = "model",
     dtype: torch.dtype | None = None,
