@@ -123,7 +123,7 @@ def prediction_lines(
     for i in sorted(probabilities):
         ids, is_answer = data[i]
         of_words = dict(zip(answers, probabilities[i], strict=True))
-        prediction = max(of_words, key=of_words.get)
+        prediction = max(of_words, key=lambda word: of_words[word])
         line = {
             "row": int(data.rows[i]),
             "prompt": tokenizer.decode(ids[~is_answer]),

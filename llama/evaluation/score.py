@@ -59,7 +59,7 @@ def evaluate(
     batches = deal(indices.tolist(), data.lengths, rounds * process.world_size, batch_size)
     mine = batches[process.rank :: process.world_size]
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, labels, right answers, examples
-    predicted = {}
+    predicted: dict[int, list[float]] = {}
     progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
     for part in progress.over(mine):
         batch = pack(data, part, process.device)
