@@ -9,7 +9,7 @@ The same code runs each of them: CUDA and NCCL where there are GPUs, CPU and glo
 """
 
 from llama.boundary.command_line import parse, run
-from llama.training.settings import TrainingSettings, is_due
+from llama.training.settings import FilledSettings, TrainingSettings, is_due
 
 if __name__ == "__main__":  # --help and mistyped flags need not wait until torch is imported
     run(lambda: parse(TrainingSettings, description=__doc__))
@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
 
 from data import DataSet, load_data, run_name
 from llama.boundary.errors import UserError
@@ -63,7 +63,7 @@ class Task:
 class Run:
     """What every step needs."""
 
-    settings: TrainingSettings
+    settings: FilledSettings
     task: Task
     process: Process
     plan: Plan  # what the ranks have agreed on: the batches, the run's folder, the checkpoint to continue from
@@ -75,15 +75,14 @@ class Run:
 
 def main() -> None:
     settings = parse(TrainingSettings, description=__doc__).with_recipe(launch().world_size)
-    task = error = None
     try:
-        task = read(settings)
-    except UserError as caught:  # raised after join(): if this rank left now, the others would wait in join() for it
-        error = caught
+        task: Task | UserError = read(settings)
+    except UserError as error:  # raised after join(): if this rank left now, the others would wait in join() for it
+        task = error
     with join() as process, ExitStack() as locks:
         with fail_together(settings.data):
-            if error:
-                raise error
+            if isinstance(task, UserError):
+                raise task
         about_data = task.data.identity() | {"fingerprint": task.examples.fingerprint}
         identity = settings.identity(task.base.fingerprint, task.changes.adapter, about_data)
         folder = f"runs/{run_name(settings.data)}-{Path(settings.model).name}"
@@ -91,7 +90,7 @@ def main() -> None:
         train(settings, task, process, plan)
 
 
-def read(settings: TrainingSettings) -> Task:
+def read(settings: FilledSettings) -> Task:
     """Read, check and encode everything. No collective here: encoding may take longer than a collective's timeout."""
     base = Base.open(settings.model, settings.max_length, settings.control_tokens)
     # The tiny preset (base.folder is None) with --data imdb uses the bundled sample; nothing is downloaded.
@@ -105,7 +104,7 @@ def read(settings: TrainingSettings) -> Task:
     return Task(base, changes, data, examples, words)
 
 
-def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) -> None:
+def train(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> None:
     """The whole run: build the model, train, evaluate before and after, export the model or adapter."""
     began = time.perf_counter()
     adapter, report = task.changes.adapter, Report(settings, plan, process)
@@ -136,7 +135,7 @@ def train(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
     report.finish(result.name, totals, before, after, time.perf_counter() - began)
 
 
-def build(settings: TrainingSettings, task: Task, process: Process, plan: Plan) -> tuple[Llama, torch.optim.Optimizer]:
+def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> tuple[Llama, torch.optim.Optimizer]:
     """The sharded model with its weights, and its optimizer. The order of these calls cannot be changed."""
     model = on_meta(task.base.config)  # shapes without memory
     task.changes.apply(model)  # quantised linears, adapters, frozen parts
@@ -152,7 +151,7 @@ def build(settings: TrainingSettings, task: Task, process: Process, plan: Plan) 
     task.base.load(model, settings.seed)  # each rank reads its own slices
     task.changes.load(model, settings.seed)
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
-    if plan.saved:
+    if plan.saved and plan.manifest:
         restore(plan.saved, plan.manifest, model, optimizer)
     return model, optimizer
 
@@ -165,7 +164,7 @@ def run_steps(current: Run) -> tuple[dict, Counter]:
     """
     settings, plan, report, optimizer = current.settings, current.plan, current.report, current.optimizer
     totals = Counter(plan.manifest.totals if plan.manifest else dict.fromkeys(COUNTS, 0))
-    metrics = {}
+    metrics: dict = {}
     current.model.train()
     with report.progress_bar(), StopRequests(settings.save_minutes) as stop_requests:
         for step in range(plan.first_step, plan.steps):
@@ -210,6 +209,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     labels, so the loss would depend on how examples are split over ranks.
     """
     settings, process, model, examples = current.settings, current.process, current.model, current.task.examples
+    assert isinstance(model, FSDPModule)  # distribute() has made it one
     # Seeding dropout anew in each step means that a checkpoint need not hold the state of the random generators.
     dropout_seed = np.random.SeedSequence((settings.seed, step, process.rank)).generate_state(1)[0]
     torch.manual_seed(int(dropout_seed))
@@ -228,7 +228,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
         # FSDP averages gradients over ranks, but the loss is a sum over ranks: hence the factor world_size.
         (loss * (process.world_size / labels)).backward()
         total += loss.detach()
-    dist.all_reduce(total)
+    torch.distributed.all_reduce(total)
     norm = gradient_norm(model)
     if norm.isfinite():  # otherwise run_steps raises UserError
         clip_gradients(model, norm, settings.max_grad_norm)

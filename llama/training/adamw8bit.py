@@ -118,19 +118,19 @@ class AdamW8bit(torch.optim.Optimizer):
         return tensors
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's can be given a closure, this one cannot
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.moments(parameter)
-                    self._update(parameter, group, self.state[parameter])
+                    self._update(parameter, parameter.grad, group, self.state[parameter])
 
-    def _update(self, parameter: Tensor, group: dict, state: dict) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict, state: dict) -> None:
         state["step"] += 1
         step = float(state["step"])
         beta1, beta2 = group["betas"]
         weight = _local(parameter)
-        gradient = _local(parameter.grad)
+        gradient = _local(gradient)
         numbers_per_row = max(1, math.prod(weight.shape[1:]))
         rows_at_once = max(1, UPDATED_AT_ONCE // numbers_per_row)
         for first in range(0, len(weight), rows_at_once):

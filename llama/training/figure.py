@@ -198,7 +198,7 @@ def _scale(panel, values: list[float]) -> None:
         panel.ticklabel_format(useOffset=False, style="plain")
         return
     decades = math.log10(max(positive) / min(positive))
-    digits = (1, 2, 5)
+    digits: tuple[float, ...] = (1, 2, 5)
     if decades < 1:
         digits = (1, 1.5, 2, 3, 5, 7)
     elif decades > 2.5:

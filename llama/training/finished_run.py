@@ -3,30 +3,35 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from llama.boundary.command_line import is_local_rank_zero
 from llama.boundary.errors import UserError, as_user_error
-from llama.boundary.records import Settings, check_values
+from llama.boundary.launch import is_local_rank_zero
+from llama.boundary.records import check_values
 from llama.boundary.untrusted import read_json
 from llama.data.sources import PUBLIC_DATASETS, DataSettings
+from llama.evaluation.settings import EvaluationSettings
+from llama.storage.settings import MergeSettings
 
 RUN, MODEL, ADAPTER = "run.json", "model", "adapter"
 HOW_PROMPTS_LOOK = ("template", "system", "control_tokens", "max_length", "truncate_side")
+OfScript = TypeVar("OfScript", EvaluationSettings, MergeSettings)
+WithData = TypeVar("WithData", bound=DataSettings)
 
 
-def from_runs(settings: Settings) -> Settings:
+def from_runs(settings: OfScript) -> OfScript:
     """The settings `model`, `adapter` and `quantize` of a script, where the first two may name a run's folder.
 
     --model RUN is the model that the run has left, or else its adapter on its base; --adapter RUN is the adapter alone.
     An adapter's base is rounded as it was in training. Rows become prompts as they did in training, where no flag says
     otherwise. Says what was taken. Raises UserError where a run has left no such thing.
     """
-    run = next((Path(name) for name in (settings.adapter, settings.model) if _is_run(name)), None)
+    run = next((Path(name) for name in (settings.adapter, settings.model) if name and _is_run(name)), None)
     if run and isinstance(settings, DataSettings):
         settings = _with_prompts(settings, run)
     if _is_run(settings.model):
         settings = _model_of_run(settings, Path(settings.model))
-    if _is_run(settings.adapter):
+    if settings.adapter and _is_run(settings.adapter):
         folder = Path(settings.adapter)
         if not (folder / ADAPTER).is_dir():
             other = "it has left a model: give it to --model" if (folder / MODEL).is_dir() else _nothing_left(folder)
@@ -35,15 +40,15 @@ def from_runs(settings: Settings) -> Settings:
     return settings
 
 
-def _is_run(path: str | None) -> bool:
-    return path is not None and (Path(path) / RUN).is_file() and not (Path(path) / "config.json").exists()
+def _is_run(path: str) -> bool:
+    return (Path(path) / RUN).is_file() and not (Path(path) / "config.json").exists()
 
 
 def _nothing_left(folder: Path) -> str:
     return f"a run that has not ended has checkpoints: python checkpoints.py export {folder} OUT"
 
 
-def _model_of_run(settings: Settings, folder: Path) -> Settings:
+def _model_of_run(settings: OfScript, folder: Path) -> OfScript:
     if (folder / MODEL).is_dir():
         _say(f"--model {folder}: taken is {folder / MODEL}")
         return replace(settings, model=str(folder / MODEL))
@@ -56,7 +61,7 @@ def _model_of_run(settings: Settings, folder: Path) -> Settings:
     return _with_adapter(replace(settings, model=base), folder)
 
 
-def _with_adapter(settings: Settings, folder: Path) -> Settings:
+def _with_adapter(settings: OfScript, folder: Path) -> OfScript:
     """The adapter of a run, and its base rounded as in that run, unless --quantize asks for another rounding."""
     settings = replace(settings, adapter=str(folder / ADAPTER))
     quantize = settings.quantize
@@ -67,7 +72,7 @@ def _with_adapter(settings: Settings, folder: Path) -> Settings:
     return replace(settings, quantize=quantize)
 
 
-def _with_prompts(settings: DataSettings, folder: Path) -> DataSettings:
+def _with_prompts(settings: WithData, folder: Path) -> WithData:
     """The run's template and what else shapes its prompts; another public data set has a template of its own."""
     with as_user_error(folder / RUN, "what a run writes"):
         of_run = read_json(folder, RUN).get("settings", {})  # an older run has fewer

@@ -37,7 +37,7 @@ class Journal:
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, up to the first one that is damaged (a crash can cut off the last line)."""
-    lines = []
+    lines: list[dict] = []
     if not path.exists():
         return lines
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

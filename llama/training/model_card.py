@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from llama.boundary.errors import as_user_error, printable
 from llama.boundary.untrusted import read_json
@@ -89,7 +90,7 @@ def companions_of_checkpoint(run: Path, base: Base, manifest: Manifest) -> Compa
     if "prompt" not in about:
         return Companions.of(base.tokenizer, base.config_json)
     lines = read_metrics(run / "metrics.jsonl")
-    before = next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
+    before: dict = next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
     with as_user_error(run / RUN, "what a run writes"):
         held_out = {"before training": before, f"after step {manifest.step}": manifest.held_out}
         return companions_of_run(about, manifest.identity, base, held_out)
@@ -115,14 +116,15 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
     answers:   {answer word: its first token}; {} where answers are free text
     chat_template and end_of_turn as in `Companions.of`
     """
-    about = {"answers": dict(zip(template.answers, answer_ids(template, tokenizer), strict=True))}
+    about: dict[str, Any] = {"answers": dict(zip(template.answers, answer_ids(template, tokenizer), strict=True))}
     if isinstance(template, Template):
         pieces = [piece for span in template.alternatives[0] if not span.answer for piece in span.pieces]
         texts = [piece if isinstance(piece, str) else f"{{{piece.name}}}" for piece in pieces]
         about |= {"chat_template": None, "end_of_turn": tokenizer.eos_id}
         return about | {"example": template.source, "prompt": "".join(texts)}
     segments, _ = template.render({"messages": SAMPLE_CHAT}, "the model card")
-    bos, eos = (tokenizer.control_name(id) or "" for id in (tokenizer.bos_id, tokenizer.eos_id))
+    bos = "" if tokenizer.bos_id is None else tokenizer.control_name(tokenizer.bos_id) or ""
+    eos = tokenizer.control_name(tokenizer.eos_id) or ""
     example = ""
     for i, segment in enumerate(segments):
         example += bos if i == 0 or segment.starts_text else ""

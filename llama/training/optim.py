@@ -1,6 +1,7 @@
 """The optimizer: its parameter groups, the learning rate as a pure function of the step, and the gradient's norm."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,7 +31,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
     return peak
 
 
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
+Build = Callable[..., torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Build] = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
 
 
 def build_adamw(

@@ -18,7 +18,7 @@ from llama.parallel.collectives import from_rank_zero, gather
 from llama.parallel.processes import Process, compute_dtype
 from llama.storage.manifest import Manifest, compare, find, read_manifest
 from llama.training.run_folder import choose_folder
-from llama.training.settings import TrainingSettings
+from llama.training.settings import FilledSettings
 
 COUNTS = {"examples", "tokens", "labels", "seconds"}  # what a run adds up over its steps, resumed or not
 # Keys in torchrun's store, which survives when torchrun restarts the processes. FOLDER: the run's folder. BEGUN: set
@@ -49,7 +49,7 @@ class Plan:
 
 
 def make_plan(
-    settings: TrainingSettings,
+    settings: FilledSettings,
     examples: EncodedData,
     identity: dict,
     process: Process,
@@ -85,7 +85,7 @@ def make_plan(
 
 
 def _choose_run(
-    settings: TrainingSettings, identity: dict, process: Process, default_folder: str, locks: ExitStack
+    settings: FilledSettings, identity: dict, process: Process, default_folder: str, locks: ExitStack
 ) -> tuple[Path, Path | None, Manifest | None]:
     """The run's folder and the checkpoint to continue from."""
     resume = settings.resume

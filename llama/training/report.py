@@ -23,7 +23,7 @@ from llama.parallel.processes import Process
 from llama.storage.base import Base
 from llama.storage.checkpoint import set_aside
 from llama.storage.companions import NO_COMPANIONS, Companions
-from llama.storage.manifest import differences
+from llama.storage.manifest import Manifest, differences
 from llama.storage.peft import adapter_notes
 from llama.training.curve import Picture, name_of
 from llama.training.figure import Curve
@@ -31,14 +31,14 @@ from llama.training.journal import Journal, read_metrics
 from llama.training.model_card import companions_of_run, prompt_of
 from llama.training.optim import learning_rate
 from llama.training.plan import BEGUN, Plan
-from llama.training.settings import TrainingSettings
+from llama.training.settings import FilledSettings
 from llama.training.tracking import Tracker
 
 
 class Report:
     """The reporter of a run. Every rank has one and calls it alike; those of ranks other than 0 are silent."""
 
-    def __init__(self, settings: TrainingSettings, plan: Plan, process: Process):
+    def __init__(self, settings: FilledSettings, plan: Plan, process: Process):
         self.settings, self.plan, self.process = settings, plan, process
         self.journal: Journal | None = None  # on rank 0, once the run has begun
         self.about: dict = {}  # what run.json holds; on rank 0
@@ -50,6 +50,11 @@ class Report:
     def say(self, text: str) -> None:
         if self.process.is_rank_zero:
             say(text)
+
+    @property
+    def _lines(self) -> list[dict]:
+        """What metrics.jsonl holds, as far as this run goes; nothing on ranks other than 0."""
+        return self.journal.lines if self.journal else []
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
@@ -112,7 +117,7 @@ class Report:
     def _track(self, resolved: dict, earlier: list[dict]) -> None:
         first_step = self.plan.first_step
         self.tracker = Tracker(self.settings.track, self.plan.output, resolved, first_step, earlier, self.say)
-        for line in self.journal.lines:
+        for line in self._lines:
             self.tracker.log(line)
 
     def _introduce(self, model: nn.Module, resolved: dict, notes: list[str], imbalance: float) -> None:
@@ -139,8 +144,8 @@ class Report:
         if self.settings.resume or self.plan.saved:
             lacking = "" if self.plan.saved else " (it has no checkpoint)"
             self.say(f"resuming after step {self.plan.first_step} of {self.plan.steps} in {self.plan.output}{lacking}")
-        if self.plan.saved:
-            self._tell_what_changed()
+        if self.plan.manifest:
+            self._tell_what_changed(self.plan.manifest)
 
     def _compare_with_replayed(self, path: Path) -> None:
         """Whether this is the same run as that of a run.json: with other data, ranks or flags it may not be."""
@@ -149,13 +154,13 @@ class Report:
             changed = "; ".join(differences(identity, json.loads(json.dumps(self.plan.identity))).values())
             self.say(f"{path}: {f'this run differs: {changed}' if changed else 'this is the same run again'}")
 
-    def _tell_what_changed(self) -> None:
+    def _tell_what_changed(self, manifest: Manifest) -> None:
         """What --allow_changed let through, and what it does to the learning rate, which is a function of the step."""
         first, steps, chosen = self.plan.first_step, self.plan.steps, self.settings
-        changed = differences(self.plan.manifest.identity, self.plan.identity)
+        changed = differences(manifest.identity, self.plan.identity)
         if changed:
             self.say(f"changed since then: {'; '.join(changed.values())}")
-        earlier = [line for line in self.journal.lines if "learning_rate" in line]
+        earlier = [line for line in self._lines if "learning_rate" in line]
         if earlier and first < steps and changed.keys() & {"steps", "learning_rate", "lr_schedule", "warmup_ratio"}:
             rate = learning_rate(first, steps, chosen.learning_rate, chosen.lr_schedule, chosen.warmup_ratio)
             self.say(
@@ -177,13 +182,14 @@ class Report:
     def check(self) -> None:
         """Raises UserError, on every rank, when a line could not be written. Collective."""
         with fail_together(self.plan.output):
-            if self.failed:
+            if self.journal and self.journal.error:
                 raise self.journal.error
 
     def step(self, done: int, loss: float, norm: float, rate: float, counts: dict) -> None:
         """A line for an optimizer step; `counts` are its examples, tokens, labels and seconds."""
         seconds = counts["seconds"]
         speed, memory = counts["tokens"] / seconds, peak_memory(self.process.device)
+        assert self.progress is not None  # steps are taken inside `progress_bar`
         self.progress.update(
             facts=f"loss {loss:.4g}, rate {rate:.3g}, {speed:,.0f} tokens/s, {memory / 1e9:.3g} GB"
         )
@@ -223,8 +229,7 @@ class Report:
 
     def held_out_before(self) -> dict:
         """What an earlier part of this run measured before its first step; {} where it did not."""
-        lines = self.journal.lines if self.journal else []
-        return next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
+        return next((line["held_out"] for line in self._lines if line["step"] == 0 and "held_out" in line), {})
 
     def companions(self, base: Base, before: dict, after: dict) -> Companions:
         """What the export writes beside the weights; on ranks other than 0, which do not write it, nothing. Raises

@@ -1,8 +1,8 @@
 """Every setting of a training run: its default, its range and its meaning, stated once."""
 
 import re
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from llama.boundary.choices import ADAPTER_VARIANTS, ALL_LINEAR, LARGEST_RANK, OPTIMIZERS, QUANTIZED, SCHEDULES
 from llama.boundary.records import Settings, setting
@@ -224,9 +224,9 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
         targets = tuple(self.lora_targets.split(","))
         return Adapter(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_variant, targets)
 
-    def with_recipe(self, ranks: int) -> "TrainingSettings":
+    def with_recipe(self, ranks: int) -> "FilledSettings":
         """Fill what was left open: a pretrained model needs a low rate, a new one a high rate and more passes."""
-        recipe = {
+        recipe: dict[str, Any] = {
             "epochs": 1.0,
             "batch_size": 16,
             "learning_rate": 2e-4 if self.has_adapter else 2e-5,
@@ -246,12 +246,24 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
                 "dtype": "float32",
                 "eval_every": 50,
             }
-        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) is None})
+        filled = {name: value for name, value in recipe.items() if getattr(self, name) is None}
+        return FilledSettings(**vars(self) | filled)
 
     def identity(self, base: str | None, adapter: "Adapter | None", about_data: dict) -> dict:
         """What all ranks, and a resumed run and its checkpoint, must have in common. `base`: a hash of its weights."""
         lora = asdict(adapter) | {"targets": list(adapter.targets)} if adapter else None  # a list, as in JSON
         return {name: getattr(self, name) for name in IDENTITY} | {"base": base, "lora": lora} | about_data
+
+
+class FilledSettings(TrainingSettings):
+    """The same after `with_recipe`: each of these has a value."""
+
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    beta2: float
+    sharding: str
+    eval_every: int
 
 
 def is_due(done: int, every: int) -> bool:

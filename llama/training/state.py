@@ -1,5 +1,6 @@
 """The state of a run, as tensors: what a checkpoint must hold, and how a run continues from it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from llama.storage.manifest import Manifest, verify
 from llama.training.adamw8bit import AdamW8bit
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Mapping[str, Tensor]]:
     """All tensors that a resumed run needs, as a checkpoint keeps them: {"model": ..., "optimizer": ...}.
 
     Only trained weights are kept; frozen ones come from the base again. The data order, dropout and learning rate are
@@ -31,7 +32,7 @@ def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.opti
 
     A new optimizer has no moments yet: it gets zeros, so that a checkpoint can be read into them.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if isinstance(optimizer, AdamW8bit):
             moments = optimizer.moments(parameter)

@@ -9,7 +9,8 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ class StopRequests:
         self.received = 0
         self.insisted: float | None = None  # when the first SIGINT or SIGTERM came
         self.saved = 0.0
-        self.handlers_before: dict[int, object] = {}
+        self.handlers_before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequests":
         by_torchrun = launch().by_torchrun
@@ -57,11 +58,11 @@ class StopRequests:
                 self.handlers_before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = self.clock()
         if number in INSISTENT:
             if self.insisted is not None and now - self.insisted > 1:

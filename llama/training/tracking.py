@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError, one_line
@@ -75,7 +76,8 @@ class Tracker:
 
         Raises UserError for a tracker that does not start. A resumed run goes on without it: perhaps nobody is there.
         """
-        self.kind, self.complain, self.target = kind, complain, None
+        self.kind, self.complain = kind, complain
+        self.target: Any = None  # what `start` returns
         self.passed_on: set[tuple[int, bool]] = set()
         if name_file(folder, kind).exists():
             # wandb and trackio keep what they have; TensorBoard hides what it has after first_step.
