@@ -209,7 +209,6 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     labels, so the loss would depend on how examples are split over ranks.
     """
     settings, process, model, examples = current.settings, current.process, current.model, current.task.examples
-    assert isinstance(model, FSDPModule)  # distribute() has made it one
     # Seeding dropout anew in each step means that a checkpoint need not hold the state of the random generators.
     dropout_seed = np.random.SeedSequence((settings.seed, step, process.rank)).generate_state(1)[0]
     torch.manual_seed(int(dropout_seed))
@@ -223,7 +222,8 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     for i, micro_batch in enumerate(mine):
         batch = pack(examples, micro_batch, process.device)
         # Gradients can be summed over ranks after every micro-batch, or once, after the last.
-        model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(mine) - 1)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(mine) - 1)
         loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
         # FSDP averages gradients over ranks, but the loss is a sum over ranks: hence the factor world_size.
         (loss * (process.world_size / labels)).backward()

@@ -45,9 +45,6 @@ class Probe(nn.Module):
         self.modes.append((self.training, torch.is_grad_enabled()))
         return self.weight * 1
 
-    def set_requires_gradient_sync(self, needed: bool) -> None:
-        pass
-
 
 def current(model: nn.Module, data: Data, micro_batches: int = 1, **chosen) -> SimpleNamespace:
     """What `train_step` asks of a Run: one example for each of `micro_batches` of each rank."""

@@ -224,7 +224,6 @@ def plainly_trained(config: ModelConfig, settings: dict, steps: list):
     """`trained` with a model that FSDP never touched."""
     model = Llama(config)
     initialize_weights(model, seed=0)
-    model.set_requires_gradient_sync = lambda _: None
     optimizer = build_adamw(model, RATE, DECAY)
     results = []
     for indices in steps:
