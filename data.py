@@ -110,7 +110,7 @@ class DataSet:
         lines = self.warnings()
         if self.bad_row_count:
             lines.append(f"{self.bad_row_count} bad rows were left out, the first: {self.first_bad_rows[0]}")
-        assert self.train is not None  # as above
+        assert self.train is not None
         tokens, cut = self.train.lengths.mean(), self.train.was_cut.mean()
         size = f"{len(self.train)} examples of {tokens:.0f} tokens, {cut:.1%} of them cut"
         return [*lines, f"{size}, by the template {self.template.name}"]

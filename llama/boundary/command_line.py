@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from llama.boundary.config_file import flags_from
 from llama.boundary.errors import UserError, printable
@@ -93,7 +93,7 @@ def _add_flag(group: argparse._ArgumentGroup, entry: Field) -> None:
     kind = kind_of(entry)
     help_text = entry.metadata["help"].replace("%", "%%")
     if kind is bool:  # --compile, or --compile false, against a --config that says true
-        options: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
+        options: dict = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
         group.add_argument(f"--{entry.name}", type=true_or_false, help=help_text, **options)
         return
     required = entry.default is MISSING

@@ -3,7 +3,6 @@
 import os
 import socket
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from llama.boundary.errors import UserError, one_line
@@ -50,7 +49,7 @@ def _download_split(repo: str, folder: str) -> tuple[Path, ...]:
     without the hub nobody else says how many there are."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    where: dict[str, Any] = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
+    where: dict = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
     first = f"{folder}/0000.parquet"
     is_offline = not _is_reachable()
     if not is_offline:

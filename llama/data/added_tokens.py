@@ -32,7 +32,7 @@ class AddedToken(NamedTuple):
     @classmethod
     def read(cls, values: dict, id: int) -> "AddedToken":
         """A token as a JSON file declares it. `normalized` has transformers' default."""
-        given: dict[str, Any] = {"normalized": not values.get("special")}
+        given: dict = {"normalized": not values.get("special")}
         given |= {name: values[name] for name in cls._fields if name != "id" and values.get(name) is not None}
         return cls(id=id, **given)
 
@@ -69,7 +69,7 @@ class Splitter:
         # A model that knows no word: what lies between two added tokens is one unknown word, with id 0.
         model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
         empty = dict.fromkeys(("truncation", "padding", "pre_tokenizer", "post_processor", "decoder"))
-        known: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model, "normalizer": normalizer}
+        known: dict = {"version": "1.0", "added_tokens": [], "model": model, "normalizer": normalizer}
         self._codec = Codec.from_str(json.dumps(known | empty))
         added = []
         for token in tokens:

@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class EncodedData:
         """What a cache folder holds of the files at `paths`. Raises OSError, ValueError, LookupError or TypeError when
         the folder is damaged."""
         about = json.loads((folder / "about.json").read_text())
-        arrays: dict[str, Any] = {}
+        arrays: dict = {}
         for name, dtype in FILES.items():
             count = about["tokens" if name in TOKENS else "examples"]
             expected = (count * np.dtype(dtype).itemsize, about["crc"][name])
@@ -243,7 +243,7 @@ def _encode(
 
 def _write(folder: Path, rows: RenderedRows, batches: Iterable[tuple[Examples, Errors]]) -> None:
     """Append examples to the files of `folder`. Only one batch is in memory, however large the data is."""
-    about: dict[str, Any] = {"examples": 0, "tokens": 0, "bad_row_count": 0, "crc": dict.fromkeys(FILES, 0)}
+    about: dict = {"examples": 0, "tokens": 0, "bad_row_count": 0, "crc": dict.fromkeys(FILES, 0)}
     first_bad_rows: list[tuple[int, str]] = []
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in FILES}

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from llama.boundary.errors import UserError, printable
 from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat
@@ -127,7 +126,7 @@ def _is_list(seen: dict[str, Seen], name: str) -> bool:
 def _look_at(path: Path) -> tuple[dict, dict[str, Seen]]:
     """A row with every field of the first rows, and what they hold, {name: Seen}. Null and empty values are as absent.
     """
-    merged: dict[str, Any] = {}
+    merged: dict = {}
     errors = []
     seen: dict[str, Seen] = {}
     rows = 0

@@ -10,7 +10,6 @@ else, so packing changes no logit. Three ways compute the same:
 """
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class PackedDocuments:
 def varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
     """The variable-length flash kernel, causal within each document. PyTorch has renamed its options: causal is
     `is_causal` in 2.10 and `window_size` later; `enable_gqa` (shared key/value heads) exists from 2.12 on."""
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
+    options: dict = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
     group = q.shape[1] // k.shape[1]
     if group > 1 and "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = True

@@ -6,7 +6,6 @@ The same code runs on any number of ranks, also on one. There is no tensor paral
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +81,7 @@ def shard(
     forward and gathered again (ZeRO-3); without, they stay until the backward (ZeRO-2): more memory, fewer messages.
     Zhao et al. 2023, https://arxiv.org/abs/2304.11277
     """
-    how: dict[str, Any] = {
+    how: dict = {
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
         # Gradients are summed over ranks in fp32: the sum of many bf16 numbers would lose the small ones.

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -23,9 +22,9 @@ from llama.storage.companions import NO_COMPANIONS, Companions
 from llama.storage.slices import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
-RANK: dict[str, Any] = {"at_least": 1, "at_most": LARGEST_RANK}
-ALPHA: dict[str, Any] = {"above": 0}
-DROPOUT: dict[str, Any] = {"at_least": 0, "below": 1}
+RANK: dict = {"at_least": 1, "at_most": LARGEST_RANK}
+ALPHA: dict = {"above": 0}
+DROPOUT: dict = {"at_least": 0, "below": 1}
 # Settings of PEFT that change what an adapter computes, and that this code does not know: refused unless empty.
 UNKNOWN_IF_SET = (
     "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "target_parameters",

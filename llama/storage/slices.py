@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +118,7 @@ def differ(folder: Path, first: str, second: str, stem: str = "model") -> bool:
         return False
 
 
-def _matching(wanted: Mapping[str, Any], folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
+def _matching(wanted: Mapping, folder: Path, stem: str, allow_unexpected: Accepts, stack: ExitStack) -> dict:
     """A lazy view of the file for each wanted name. All must be there, and nothing else; shapes and dtypes must fit."""
     found = _open_files(Path(folder), stem, stack)
     missing = [name for name in wanted if name not in found]
@@ -145,7 +144,7 @@ def _matching(wanted: Mapping[str, Any], folder: Path, stem: str, allow_unexpect
 def _open_files(folder: Path, stem: str, stack: ExitStack) -> dict:
     """Map a folder's weights into memory: a lazy view of the file for each tensor's name."""
     files, file_of = weight_files(folder, stem)
-    found: dict[str, Any] = {}
+    found: dict = {}
     found_in: dict[str, str] = {}
     for file in files:
         path = inside(folder, file, ".safetensors")

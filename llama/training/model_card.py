@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from llama.boundary.errors import as_user_error, printable
 from llama.boundary.untrusted import read_json
@@ -116,7 +115,7 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
     answers:   {answer word: its first token}; {} where answers are free text
     chat_template and end_of_turn as in `Companions.of`
     """
-    about: dict[str, Any] = {"answers": dict(zip(template.answers, answer_ids(template, tokenizer), strict=True))}
+    about: dict = {"answers": dict(zip(template.answers, answer_ids(template, tokenizer), strict=True))}
     if isinstance(template, Template):
         pieces = [piece for span in template.alternatives[0] if not span.answer for piece in span.pieces]
         texts = [piece if isinstance(piece, str) else f"{{{piece.name}}}" for piece in pieces]

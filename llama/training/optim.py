@@ -31,8 +31,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
     return peak
 
 
-Build = Callable[..., torch.optim.Optimizer]
-OPTIMIZERS: dict[str, Build] = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
+OPTIMIZERS: dict[str, Callable] = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
 
 
 def build_adamw(

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama.boundary.choices import ADAPTER_VARIANTS, ALL_LINEAR, LARGEST_RANK, OPTIMIZERS, QUANTIZED, SCHEDULES
 from llama.boundary.records import Settings, setting
@@ -226,7 +226,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
 
     def with_recipe(self, ranks: int) -> "FilledSettings":
         """Fill what was left open: a pretrained model needs a low rate, a new one a high rate and more passes."""
-        recipe: dict[str, Any] = {
+        recipe: dict = {
             "epochs": 1.0,
             "batch_size": 16,
             "learning_rate": 2e-4 if self.has_adapter else 2e-5,
