@@ -37,7 +37,11 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         on_terminal = sys.stderr.isatty()
-        self.what, self.unit, self.total, self.first, self.clock = what, unit, total, first, clock
+        self.what = what
+        self.unit = unit
+        self.total = total
+        self.first = first
+        self.clock = clock
         self.is_main = is_main
         self.in_lines = not silent and not (on_terminal and (sys.stdout.isatty() or not is_main))
         self.bar = tqdm(

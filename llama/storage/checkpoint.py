@@ -41,7 +41,9 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, in_background: bool = False):
         """`keep`: how many of the newest stay (-1: all); the best by held-out loss and pinned ones stay besides."""
-        self.folder, self.keep, self.in_background = folder, keep, in_background
+        self.folder = folder
+        self.keep = keep
+        self.in_background = in_background
         # Collectives of two threads in one group would receive each other's messages.
         self.group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
         self.thread: threading.Thread | None = None

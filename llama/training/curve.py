@@ -47,7 +47,9 @@ class Picture:
     """The loss.png of a run that goes on. It is drawn now and then; if that fails, the run goes on without it."""
 
     def __init__(self, path: Path, complain: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
-        self.path, self.complain, self.clock = path, complain, clock
+        self.path = path
+        self.complain = complain
+        self.clock = clock
         self.drawn: float | None = None
         self.has_complained = False
 

@@ -39,7 +39,9 @@ class Report:
     """The reporter of a run. Every rank has one and calls it alike; those of ranks other than 0 are silent."""
 
     def __init__(self, settings: FilledSettings, plan: Plan, process: Process):
-        self.settings, self.plan, self.process = settings, plan, process
+        self.settings = settings
+        self.plan = plan
+        self.process = process
         self.journal: Journal | None = None  # on rank 0, once the run has begun
         self.about: dict = {}  # what run.json holds; on rank 0
         self.progress: Progress | None = None  # from the first step on

@@ -41,7 +41,8 @@ class StopRequests:
     """
 
     def __init__(self, save_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic):
-        self.save_minutes, self.clock = save_minutes, clock
+        self.save_minutes = save_minutes
+        self.clock = clock
         self.speaks = is_local_rank_zero()
         self.received = 0
         self.insisted: float | None = None  # when the first SIGINT or SIGTERM came

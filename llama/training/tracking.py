@@ -76,7 +76,8 @@ class Tracker:
 
         Raises UserError for a tracker that does not start. A resumed run goes on without it: perhaps nobody is there.
         """
-        self.kind, self.complain = kind, complain
+        self.kind = kind
+        self.complain = complain
         self.target: Any = None  # what `start` returns
         self.passed_on: set[tuple[int, bool]] = set()
         if name_file(folder, kind).exists():
