@@ -22,11 +22,10 @@ from llama.boundary.errors import UserError, as_user_error, printable
 from llama.boundary.hub import find_model
 from llama.boundary.records import setting
 from llama.data.charts import Splits, draw
-from llama.data.chat import Renderer
+from llama.data.chat import Chat, Renderer
 from llama.data.examples import EncodedData, encode_file
 from llama.data.formats import find_template
 from llama.data.sources import HELD_OUT, TINY_TOKENIZER, DataSettings, Source, resolve
-from llama.data.templates import Template
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.data.unlabelled import UnlabelledTemplate
@@ -139,7 +138,10 @@ def load_data(
     """
     source = resolve(settings.data, settings.data_dir, use_hub)
     template = find_template(settings.template, source, tokenizer, settings.system)
-    if predict and isinstance(template, Template) and template.answers:
+    if predict:
+        if isinstance(template, Chat) or not template.answers:
+            found = f"the template {template.name}, whose answers are free text (no text is generated yet)"
+            raise UserError(f"--predictions: expected a template with answer words, such as imdb; found {found}")
         template = UnlabelledTemplate(template)
     limits = (settings.max_length, settings.truncate_side, source.category, settings.skip_bad_rows)
     fraction = settings.test_fraction

@@ -87,7 +87,7 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     if is_local_rank_zero():
         for line in found.warnings():
             print(line, file=sys.stderr)
-    if not found.template.answers and (settings.metric == "accuracy" or settings.predictions):
+    if not found.template.answers and settings.metric == "accuracy":
         raise UserError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     return found, data, None if is_whole else split
 
@@ -110,7 +110,7 @@ def describe(settings: EvaluationSettings, found: DataSet, data: EncodedData, sp
 def note_missing_labels(labelled: int, unlabelled: int) -> None:
     if unlabelled:
         scored = f"loss and accuracy are of the other {labelled}" if labelled else "nothing is scored"
-        announce([f"{unlabelled} rows have no label: they are predicted, and {scored}"])
+        announce([f"rows without a label: {unlabelled}; they are predicted, and {scored}"])
 
 
 def prediction_lines(

@@ -221,7 +221,7 @@ def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
         status, result, err = command(monkeypatch, capsys, *common, "--data", path, "--predictions", out)
         assert status == 0, err
         predicted[path] = [json.loads(line) for line in out.read_text().splitlines()]
-    assert err == "23 rows have no label: they are predicted, and nothing is scored"
+    assert err == "rows without a label: 23; they are predicted, and nothing is scored"
     result = json.loads(result)
     assert (result["n"], result["without_label"]) == (0, 23) and not {"loss", "accuracy"} & result.keys()
     assert [line.pop("answer") for line in predicted[reviews]] == [WORDS[row["label"]] for row in rows]
@@ -254,13 +254,13 @@ def test_a_runs_folder_stands_for_what_the_run_has_left(exported, reviews, tmp_p
 
     plain, _ = scored("--model", exported)
     found, said = scored("--model", run)
-    assert said == f"--model {run}: taken is {run}/model"
+    assert said == f"--model {run}: using {run}/model"
     assert found == plain | {"model": str(run / "model")}
     rounded, _ = scored("--model", exported, "--adapter", tuned / "adapter", "--quantize", "int8")
     assert rounded["loss"] != plain["loss"]
-    taken = f"--adapter {tuned}: taken is {tuned}/adapter, over linears in int8"
+    taken = f"--adapter {tuned}: using {tuned}/adapter, over linears in int8"
     assert scored("--model", exported, "--adapter", tuned) == (rounded, taken)
-    assert scored("--model", tuned) == (rounded, f"--model {tuned}: taken is its base, {exported}\n{taken}")
+    assert scored("--model", tuned) == (rounded, f"--model {tuned}: using its base, {exported}\n{taken}")
 
 
 MISTAKES = {
@@ -275,8 +275,8 @@ MISTAKES = {
     "bad row": (["--data", "{bad}"], "bad.jsonl:2: not valid JSON"),
     "accuracy of free text": (["--data", "{free}", "--template", "gsm8k", "--metric", "accuracy"],
                               "--metric accuracy: expected a template"),
-    "predicted free text": (["--data", "{free}", "--template", "gsm8k", "--predictions", "p"],
-                            "--metric accuracy: expected a template with"),
+    "predicted free text": (["--data", "{bad}", "--template", "gsm8k", "--predictions", "p"],
+                            "--predictions: expected a template with answer words, such as imdb; found the template"),
     "fraction beside a test file": (["--data", "imdb", "--data_dir", str(ROOT / "assets" / "imdb_sample"),
                                      "--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
     "nothing held out": (["--data", "{parts}", "--test_fraction", "0", "--split", "test"], "--split test: "),

@@ -40,7 +40,7 @@ class EvaluationSettings(DataSettings):
     predictions: str | None = setting(
         None,
         "write one JSON line per example, in the order of the file: its row, prompt, most probable answer word and its "
-        "probability among the answer words; rows may lack their label",
+        "probability among the answer words; rows may lack their label; only for templates with answer words",
     )
 
     def checks(self):

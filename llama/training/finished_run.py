@@ -24,7 +24,7 @@ def from_runs(settings: OfScript) -> OfScript:
 
     --model RUN is the model that the run has left, or else its adapter on its base; --adapter RUN is the adapter alone.
     An adapter's base is rounded as it was in training. Rows become prompts as they did in training, where no flag says
-    otherwise. Says what was taken. Raises UserError where a run has left no such thing.
+    otherwise. Says what is used. Raises UserError where a run has left no such thing.
     """
     run = next((Path(name) for name in (settings.adapter, settings.model) if name and _is_run(name)), None)
     if run and isinstance(settings, DataSettings):
@@ -50,14 +50,14 @@ def _nothing_left(folder: Path) -> str:
 
 def _model_of_run(settings: OfScript, folder: Path) -> OfScript:
     if (folder / MODEL).is_dir():
-        _say(f"--model {folder}: taken is {folder / MODEL}")
+        _say(f"--model {folder}: using {folder / MODEL}")
         return replace(settings, model=str(folder / MODEL))
     if not (folder / ADAPTER).is_dir():
         raise UserError(f"--model {folder}: has neither {MODEL}/ nor {ADAPTER}/; {_nothing_left(folder)}")
     if settings.adapter:
         raise UserError(f"--model {folder}: has an adapter of its own, expected a base for {settings.adapter}")
     base = _setting_of_run(folder, "model")
-    _say(f"--model {folder}: taken is its base, {base}")
+    _say(f"--model {folder}: using its base, {base}")
     return _with_adapter(replace(settings, model=base), folder)
 
 
@@ -68,7 +68,7 @@ def _with_adapter(settings: OfScript, folder: Path) -> OfScript:
     if quantize == "none":
         quantize = _setting_of_run(folder, "quantize")
     rounded = "" if quantize == "none" else f", over linears in {quantize}"
-    _say(f"--adapter {folder}: taken is {folder / ADAPTER}{rounded}")
+    _say(f"--adapter {folder}: using {folder / ADAPTER}{rounded}")
     return replace(settings, quantize=quantize)
 
 

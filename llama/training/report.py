@@ -132,13 +132,13 @@ class Report:
         for name, value in resolved.items():
             if value != defaults[name]:
                 self.say(f"  {name:28} {value}")
-        self.say(
-            f"{self.plan.steps} steps of {self.plan.identity['global_batch']} examples or packs, on "
-            f"{self.process.world_size} ranks ({self.process.device.type})"
-        )
+        units = f"packs of --batch_tokens {self.settings.batch_tokens}" if self.settings.batch_tokens else "examples"
+        size, ranks = self.plan.identity["global_batch"], self.process.world_size
+        self.say(f"{self.plan.steps} steps of {size} {units}; ranks: {ranks} ({self.process.device.type})")
         for note in notes:
             self.say(note)
-        self.say(f"the rank with the most tokens has {imbalance:.2%} more than the mean")
+        if ranks > 1:
+            self.say(f"in a step, the rank with the most tokens has {imbalance:.2%} more than the mean of all ranks")
         if self.settings.config:
             self._compare_with_replayed(Path(self.settings.config))
         for left_over in sorted((self.plan.output / "checkpoints").glob("step-*.tmp")):

@@ -27,7 +27,7 @@ def test_a_merge_takes_the_adapter_of_a_run_and_its_rounding(tmp_path, capsys):
     """C37: merging without the rounding that the adapter has learned to correct would be another model."""
     run = make_run(tmp_path / "run", "adapter", quantize="nf4")
     assert from_runs(settings("base", run)) == settings("base", run / "adapter", "nf4")
-    assert capsys.readouterr().err == f"--adapter {run}: taken is {run}/adapter, over linears in nf4\n"
+    assert capsys.readouterr().err == f"--adapter {run}: using {run}/adapter, over linears in nf4\n"
     assert from_runs(settings("base", run, "int8")) == settings("base", run / "adapter", "int8")
 
 

@@ -42,6 +42,7 @@ def test_the_screen_lists_what_is_not_as_by_default_and_run_json_has_all(tmp_pat
         "epochs": "3.5", "batch_size": "64", "beta2": "0.9", "dtype": "float32", "sharding": "grad", "eval_every": "50",
     }  # fmt: skip
     assert "20 trainable parameters" in told and "a note" in told
+    assert "4 steps of 4 examples; ranks: 1 (cpu)" in told and not any("than the mean" in line for line in told)
     saved = json.loads((tmp_path / "run.json").read_text())
     assert saved["settings"] == asdict(report.settings) | {"template": "imdb"}
     assert saved["identity"] == report.plan.identity and saved["examples"]["answers"] == 2
