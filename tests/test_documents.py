@@ -23,14 +23,16 @@ def docstrings_of(path: Path) -> list[str]:
     return [ast.get_docstring(node) or "" for node in nodes]
 
 
-def test_every_number_that_a_test_cites_stands_in_the_list_of_requirements():
-    listed = re.findall(r"^\| ([CR]\d+) \|", (ROOT / "docs/requirements.md").read_text(), re.MULTILINE)
+def test_every_requirement_is_cited_by_a_test_or_not_built_yet_and_every_number_cited_is_a_requirement():
+    lines = re.findall(r"^\| ([CR]\d+) \|(.*)", (ROOT / "docs/requirements.md").read_text(), re.MULTILINE)
+    listed = [number for number, _ in lines]
     assert len(listed) == len(set(listed)) > 70
     cited = set()
     for path in (ROOT / "tests").rglob("*.py"):
         for text in docstrings_of(path):
             cited |= set(re.findall(r"\b[CR]\d{1,2}\b", text))
-    assert len(cited) > 60 and cited <= set(listed), cited - set(listed)
+    not_built = {number for number, text in lines if "(Not built yet.)" in text}
+    assert set(listed) - not_built == cited, set(listed) - not_built ^ cited
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

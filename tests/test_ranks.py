@@ -1,4 +1,4 @@
-"""The pool of ranks that other tests run on."""
+"""The pool of ranks that other tests run on. C47: its ranks are processes on the CPU, joined by gloo."""
 
 import os
 import threading

@@ -80,7 +80,7 @@ def loaded(folder: Path, kind: str, piece: int) -> tuple[dict, list[tuple[int, i
     ]),
 ])
 def test_loading_packs_each_ranks_rows_a_piece_at_a_time_to_the_same_bits(ranks, folders, world, kind, base):
-    """C38, R25: no rank ever holds the model, or a large matrix, in a wide form; ranks without a row do their part."""
+    """C38, C40, R25: no rank ever holds the model, or a large matrix, in a wide form; ranks without a row take part."""
     stored, piece = load_file(folders[base] / "model.safetensors"), 2048
     results = ranks(world, loaded, folders[base], kind, piece)
     linears = [name for name, value in stored.items() if "proj.weight" in name]
