@@ -8,7 +8,7 @@ from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig
 from llama.storage.checkpoint import Saver
 from llama.storage.manifest import read_manifest
-from llama.training.optim import build_adamw
+from llama.training.optim import OPTIMIZERS, build_adamw
 from llama.training.state import restore, save_state, set_optimizer_step, training_state
 
 CONFIG = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -22,16 +22,17 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_moments_and_step_moved_to_a_new_optimizer_continue_bitwise(steps):
-    """C48: the moments by name and the step's number are all that AdamW knows."""
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_moments_and_step_moved_to_a_new_optimizer_continue_bitwise(kind, steps):
+    """C48: the moments by name and the step's number are all that an optimizer knows; a new one is tested, too."""
     torch.manual_seed(0)
     model, copy = Llama(CONFIG), Llama(CONFIG)
-    optimizer = build_adamw(model, 0.01, 0.1)
+    optimizer = build_adamw(model, 0.01, 0.1, kind=kind)
     for step in range(steps):
         set_gradients(model, step)
         optimizer.step()
     copy.load_state_dict(model.state_dict())
-    fresh = build_adamw(copy, 0.01, 0.1)
+    fresh = build_adamw(copy, 0.01, 0.1, kind=kind)
     moments = training_state(copy, fresh)["optimizer"]
     assert all((moment == 0).all() for moment in moments.values())
     if steps:
