@@ -179,7 +179,7 @@ EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batc
     (MergeSettings, MERGING_FLAGS),
 ], ids=["data", "fsdp_train", "evaluate", "lora"])  # fmt: skip
 def test_the_command_line_grows_only_on_purpose(settings, flags):
-    """A new flag is a promise to users: it is added here and in the README, too."""
+    """A new flag is a promise to users: it is added here, too."""
     assert sorted(entry.name for entry in dataclasses.fields(settings)) == sorted(flags.split())
 
 
