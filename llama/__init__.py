@@ -15,14 +15,14 @@ exports what a run has saved. lora.py is LoRA, and merges an adapter; data.py is
 
 The life of one review, `python fsdp_train.py --data imdb`, from a row in a file to a checkpoint:
 
-    1  row         {"text": "A dull film.", "label": 0} is read from train.jsonl          data/rows.py, text_rows.py
-    2  segments    the prompt around the text, and apart from it the answer " negative"   data/rendering.py
-    3  ids         each segment is encoded alone; the ids of the answer are the labels    data/encoding.py
-    4  example     ids and labels of all rows lie end to end in a file, encoded once      data/examples.py
-    5  batch       (seed, step) choose the examples; they are packed into one stream      data/batches.py
-    6  loss        a sum over labels, divided once by the labels of all ranks             fsdp_train.py, model/loss.py
-    7  update      gradients are summed over ranks and clipped; AdamW changes each shard  training/optim.py
-    8  checkpoint  each rank writes its slices; a rename makes the folder appear whole    storage/slices.py, atomic.py
+    1  row         {"text": "A dull film.", "label": 0} is read from train.jsonl        data/rows.py, text_rows.py
+    2  segments    the prompt around the text; apart from it, the answer " negative"    data/templates.py, rendering.py
+    3  ids         each segment is encoded alone; the ids of the answer are the labels  data/encoding.py
+    4  example     ids and labels of all rows lie end to end in a file, encoded once    data/examples.py
+    5  batch       (seed, step) choose the examples; they are packed into one stream    data/batches.py
+    6  loss        a sum over labels, divided once by the labels of all ranks           fsdp_train.py, model/loss.py
+    7  update      gradients are summed over ranks, clipped; AdamW changes each shard   training/optim.py
+    8  checkpoint  each rank writes its slices; a rename makes the folder appear whole  storage/slices.py, atomic.py
 
 A conversation takes another way from 1 to 3: its turns are read by data/conversation.py, and data/layouts.py writes
 them as segments; data/chat_template.py compares the prompts with those of the model's own chat template.
