@@ -12,7 +12,7 @@ of each row:
 
 `apply_adapter` puts adapters into a finished model. Run as a script, this file merges an adapter into its base:
 
-    python lora.py --model DIR --adapter runs/alpaca-DIR/adapter --output merged
+    python lora.py --model DIR --adapter runs/alpaca-DIR --output merged
 """
 
 from llama.boundary.command_line import announce, parse, run

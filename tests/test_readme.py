@@ -179,7 +179,8 @@ def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trai
     about = json.loads((clone / "runs/alpaca-model/adapter/adapter_config.json").read_text())
     assert about["r"] == 8 and about["target_modules"] == ["q_proj", "v_proj"]
     [merging] = [c for c in COMMANDS if "lora.py" in c]
-    run(merging.replace("--model DIR", "--model runs/imdb-tiny/model").replace("alpaca-DIR", "alpaca-model"), clone)
+    merging = merging.replace("huggyllama/llama-7b", "runs/imdb-tiny/model").replace("alpaca-llama-7b", "alpaca-model")
+    run(merging, clone)
     assert (clone / "merged/model.safetensors").exists()
 
 
