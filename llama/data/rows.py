@@ -90,4 +90,4 @@ def _rows_of_batch(batch, path: Path, rows_before: int, errors: tuple) -> list[d
 TEXT_READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_table, ".tsv": read_table}
 COMPRESSED_READERS = {f"{suffix}.gz": reader for suffix, reader in TEXT_READERS.items()}
 READERS = {".parquet": _read_parquet} | TEXT_READERS | COMPRESSED_READERS
-KINDS = ".parquet, .jsonl, .json, .csv or .tsv (these four also with .gz)"
+KINDS = ".parquet, .jsonl, .json, .csv or .tsv (all but .parquet also with .gz)"

@@ -62,7 +62,7 @@ class DataSettings(Settings):
     system: str | None = setting(
         None,
         "the system turn of conversations that have none: a text, default (what the model's chat template inserts) or "
-        "none; else none, and it is told where the model's chat template inserts one",
+        "none; without this flag none, and a note if the model's chat template inserts one",
     )
     max_length: int = setting(512, "tokens per example; only what the template allows is cut", at_least=2)
     control_tokens: str | None = setting(

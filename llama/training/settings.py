@@ -23,6 +23,18 @@ IDENTITY = (
     "train_layers", "train_on_prompt", "adapter", "data", "control_tokens", "eval_limit",
 )  # fmt: skip
 
+# What a new model takes where no flag says otherwise: a high rate and several passes. 64 examples a step on any number
+# of ranks, and float32 on any processor: the curve is the same everywhere.
+TINY_RECIPE = {
+    "epochs": 3.5,
+    "learning_rate": 5e-3,
+    "beta2": 0.9,
+    "sharding": "grad",
+    "dtype": "float32",
+    "eval_every": 50,
+}
+TINY_EXAMPLES_PER_STEP = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class WhatToTrain(Settings):
@@ -58,14 +70,18 @@ class WhatToTrain(Settings):
 class HowToTrain(Settings):
     """how to train"""
 
-    epochs: float | None = setting(None, "passes over the data; 1, for tiny its recipe's", above=0, at_most=1e6)
+    epochs: float | None = setting(
+        None, f"passes over the data; 1, for tiny {TINY_RECIPE['epochs']}", above=0, at_most=1e6
+    )
     max_steps: int = setting(
         0,
         "stop after this many optimizer steps; the learning rate ends its schedule there; 0: as --epochs says",
         at_least=0,
     )
     batch_size: int | None = setting(
-        None, "examples per rank and micro-batch; 16, for tiny its recipe's", at_least=1
+        None,
+        f"examples per rank and micro-batch; 16, for tiny as many as give {TINY_EXAMPLES_PER_STEP} a step",
+        at_least=1,
     )
     batch_tokens: int = setting(
         0,
@@ -75,7 +91,7 @@ class HowToTrain(Settings):
     group_by_length: bool = setting(False, "put examples of similar length into the same step")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
     learning_rate: float | None = setting(
-        None, "peak rate; 2e-5, for an adapter 2e-4, for tiny its recipe's", above=0
+        None, f"peak rate; 2e-5, for an adapter 2e-4, for tiny {TINY_RECIPE['learning_rate']}", above=0
     )
     lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
     warmup_ratio: float = setting(
@@ -84,7 +100,7 @@ class HowToTrain(Settings):
     optimizer: str = setting("adamw", "adamw8bit keeps its moments in 8 bits", choices=OPTIMIZERS)
     beta2: float | None = setting(
         None,
-        "how slowly AdamW forgets squared gradients; 0.999, for tiny its recipe's",
+        f"how slowly AdamW forgets squared gradients; 0.999, for tiny {TINY_RECIPE['beta2']}",
         at_least=0,
         below=1,
     )
@@ -102,12 +118,13 @@ class WhereToTrain(Settings):
     dtype: str | None = setting(
         None,
         "what to compute in and to keep frozen weights in (trained ones are kept in float32); bfloat16 where the "
-        "device has it, else float32; for tiny its recipe's",
+        f"device has it, else float32; for tiny {TINY_RECIPE['dtype']}",
         choices=("bfloat16", "float32"),
     )
     sharding: str | None = setting(
         None,
-        "full: a layer's weights are gathered twice a step, grad: once, and kept; full, for tiny its recipe's",
+        "full: a layer's weights are gathered twice a step, grad: once, and kept; full, for tiny "
+        f"{TINY_RECIPE['sharding']}",
         choices=("full", "grad"),
     )
     cpu_offload: bool = setting(False, "on a GPU: keep weights and optimizer in the host's memory")
@@ -132,7 +149,9 @@ class WhatToKeep(Settings):
     )
     output: str | None = setting(None, "the run's folder; else runs/DATA-MODEL, or the next free number of it")
     eval_every: int | None = setting(
-        None, "evaluate every N steps; 0: only before and after; for tiny its recipe's", at_least=0
+        None,
+        f"evaluate every N steps; 0: only before and after; 0, for tiny {TINY_RECIPE['eval_every']}",
+        at_least=0,
     )
     eval_limit: int = setting(
         1000, "held-out examples to evaluate on, a fixed random choice; 0: all", at_least=0
@@ -225,7 +244,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
         return Adapter(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_variant, targets)
 
     def with_recipe(self, ranks: int) -> "FilledSettings":
-        """Fill what was left open: a pretrained model needs a low rate, a new one a high rate and more passes."""
+        """Fill what was left open: as for a pretrained model, or as for a new one."""
         recipe: dict = {
             "epochs": 1.0,
             "batch_size": 16,
@@ -235,17 +254,8 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
             "eval_every": 0,
         }
         if self.model == "tiny":
-            # 64 examples a step on any number of ranks, and float32 on any processor: the curve is the same everywhere.
-            per_rank = max(1, 64 // (ranks * self.gradient_accumulation_steps))
-            recipe = {
-                "epochs": 3.5,
-                "batch_size": per_rank,
-                "learning_rate": 5e-3,
-                "beta2": 0.9,
-                "sharding": "grad",
-                "dtype": "float32",
-                "eval_every": 50,
-            }
+            micro_batches = ranks * self.gradient_accumulation_steps
+            recipe = TINY_RECIPE | {"batch_size": max(1, TINY_EXAMPLES_PER_STEP // micro_batches)}
         filled = {name: value for name, value in recipe.items() if getattr(self, name) is None}
         return FilledSettings(**vars(self) | filled)
 
