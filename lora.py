@@ -2,11 +2,11 @@
 
     y = W x + s B A x        A (r, in) random, B (out, r) zeros: at the start y is what the base alone computes
 
-Full fine-tuning takes 16 bytes a weight: 4 for W, 4 for its gradient, 8 for its moments; with LoRA, W needs only the
-first 4 (the backward still runs through it). Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale s is
-alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that the size of an
-update does not shrink with the rank. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length m
-of each row:
+Full fine-tuning takes 16 bytes a weight: 4 for W, 4 for its gradient, 8 for its moments. With LoRA, W is frozen and
+takes only 2 in bf16 (the backward still runs through it). Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale s
+is alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so that the size of
+an update does not shrink with the rank. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) also learns the length
+m of each row:
 
     y = m / ||W + s B A|| (W + s B A) x        ||.|| is one norm per row (out); no gradient flows through it
 

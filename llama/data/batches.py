@@ -106,7 +106,7 @@ class Schedule:
         units_per_micro_batch = 1 if self.packs else self.batch_size
         self.units_per_step = self.micro_batches_per_step * units_per_micro_batch
         self.total = max(1, round(self.epochs * self.units))
-        self.steps = -(-self.total // self.units_per_step)
+        self.steps = -(-self.total // self.units_per_step)  # -(-a // b) is a / b, rounded up
         self._order = lru_cache(maxsize=2)(self._epoch_order)  # two: a step may span the end of an epoch
 
     def micro_batches(self, step: int) -> list[list[int]]:

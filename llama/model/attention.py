@@ -27,10 +27,10 @@ class AttentionContext(Protocol):
 
 
 class Attention(nn.Module):
-    """N query heads share K key/value heads, G = N/K to each. G = 1 is multi-head, K = 1 multi-query attention.
+    r"""N query heads share K key/value heads, G = N/K to each. G = 1 is multi-head, K = 1 multi-query attention.
 
         q heads   0 1 2   3 4 5   6 7 8        N = 9
-                   \\|/     \\|/     \\|/
+                   \|/     \|/     \|/
         k, v        0       1       2          K = 3, G = 3
 
     Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
