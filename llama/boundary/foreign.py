@@ -23,6 +23,7 @@ OTHER_FORMATS = {
     "consolidated*.pth": "weights in Meta's format, take the model's Hugging Face folder, or convert it with "
     "transformers' convert_llama_weights_to_hf.py",
     "*.gguf": "a file of llama.cpp, take the Hugging Face folder that it was made from",
+    "run.json": "the record of a run, give its model/ as --model, or its adapter/ as --adapter beside its base",
 }
 ADAPTER = {"adapter_config.json": "an adapter, give its base's folder as --model and this one as --adapter"}
 

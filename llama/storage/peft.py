@@ -5,6 +5,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from llama.boundary.choices import ALL_LINEAR, LARGEST_RANK
 from llama.boundary.durable import write_durably
 from llama.boundary.errors import UserError, first_few
+from llama.boundary.foreign import described_folder
 from llama.boundary.records import read_record, setting
 from llama.boundary.untrusted import read_json
 from llama.parallel.collectives import fail_together, is_rank_zero
@@ -118,6 +120,9 @@ def save_adapter(
 def read_adapter(folder: str | Path) -> Adapter:
     """What an adapter_config.json asks for. Raises UserError for a setting that this code does not implement."""
     path = Path(folder) / CONFIG
+    if Path(folder).is_dir() and not os.path.lexists(path):
+        found = described_folder(Path(folder), WEIGHTS)
+        raise UserError(f"{folder}: has no {CONFIG}, expected an adapter's folder in PEFT's format{found}")
     about = read_json(folder, CONFIG)
     _refuse_unknown(path, about)
     targets = about.get("target_modules")

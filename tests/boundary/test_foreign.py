@@ -17,6 +17,7 @@ from llama.model import Llama
 from llama.storage.base import TINY, TINY_TOKENIZER, Base
 from llama.storage.companions import Companions
 from llama.storage.config_json import config_to_json
+from llama.storage.peft import read_adapter
 from llama.storage.pretrained import export_model, initialize_weights
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 1044992\n"
@@ -52,8 +53,9 @@ def whole(tmp_path_factory) -> Path:
     ({WEIGHTS: None, "consolidated.00.pth": "x"}, ["'consolidated.00.pth'", "Meta", "convert_llama_weights_to_hf.py"]),
     ({WEIGHTS: None, "config.json": None, "consolidated.00.pth": "x", "params.json": "{}"}, ["no config.json", "Meta"]),
     ({"config.json": None, "adapter_config.json": "{}"}, ["no config.json", "an adapter", "--adapter"]),
+    ({WEIGHTS: None, "config.json": None, "run.json": "{}"}, ["no config.json", "the record of a run", "model/"]),
     ({WEIGHTS: None}, [f"has neither {WEIGHTS} nor {INDEX}"]),
-], ids=range(18))  # fmt: skip
+], ids=range(19))  # fmt: skip
 def test_a_model_folder_of_another_kind_is_refused_with_its_cause(whole, tmp_path, changes, named):
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
@@ -65,6 +67,12 @@ def test_a_model_folder_of_another_kind_is_refused_with_its_cause(whole, tmp_pat
         Base.pretrained(str(folder))
     message = str(error.value)
     assert str(folder) in message and "\n" not in message and all(words in message for words in named), message
+
+
+def test_a_runs_folder_in_place_of_an_adapter_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="^[^\\n]+: has no adapter_config.json, .* a run, .* its adapter/ as --adapter"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
