@@ -17,7 +17,9 @@ from llama.parallel.shards import local_slice
 from llama.storage.pretrained import hugging_face_parameters
 from llama.storage.slices import Sink, read_tensors
 
-LARGE = 0.05  # a larger part lost is worth another dtype
+# A larger error than this part of the change is worth another dtype. Measured with a LoRA adapter of rank 8 on
+# SmolLM2-135M, merged in bf16: errors of 20, 80 and 94% undid 0.3, 10 and 50% of what the held-out loss had gained.
+LARGE = 0.25
 
 
 @dataclass
