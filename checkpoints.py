@@ -71,7 +71,7 @@ def listing(folder: Path) -> str:
         try:
             manifest = read_manifest(path)
             size = sum(file["bytes"] for file in manifest.files.values())
-            words = [f"{size / 1e6:,.1f} MB", f"written by {manifest.ranks} ranks"]
+            words = [f"{size / 1e6:,.1f} MB", f"written by {manifest.ranks} rank{'s' * (manifest.ranks > 1)}"]
             words += [f"{name} {value:.4g}" for name, value in manifest.held_out.items()]
             words += [word for word, is_so in marks.items() if is_so]
         except UserError as error:

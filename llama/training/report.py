@@ -94,6 +94,7 @@ class Report:
                 "version": __version__,
                 "settings": resolved,
                 "identity": self.plan.identity,
+                "changed": self._changes(),
                 "ranks": self.process.world_size,
                 "device": self.process.device.type,
                 "examples": data.counts() | {"answers": self.answers, "imbalance": round(imbalance, 5)},
@@ -115,6 +116,14 @@ class Report:
         dtype = str(self.plan.dtype).removeprefix("torch.")
         chosen = {"template": self.plan.identity["template"], "dtype": dtype, "output": str(self.plan.output)}
         return asdict(self.settings) | chosen
+
+    def _changes(self) -> list[str]:
+        """Of a run that --allow_changed continued: after which step which settings became others."""
+        if not self.plan.manifest:
+            return []
+        changed = differences(self.plan.manifest.identity, self.plan.identity)
+        before = read_json(self.plan.output, "run.json").get("changed") or []
+        return [*before, *(f"after step {self.plan.first_step}: {text}" for text in changed.values())]
 
     def _track(self, resolved: dict, earlier: list[dict]) -> None:
         first_step = self.plan.first_step
@@ -151,10 +160,13 @@ class Report:
 
     def _compare_with_replayed(self, path: Path) -> None:
         """Whether this is the same run as that of a run.json: with other data, ranks or flags it may not be."""
-        identity = read_json(path.parent, path.name).get("identity")
+        replayed = read_json(path.parent, path.name)
+        identity = replayed.get("identity")
         if isinstance(identity, dict):
-            changed = "; ".join(differences(identity, json.loads(json.dumps(self.plan.identity))).values())
-            self.say(f"{path}: {f'this run differs: {changed}' if changed else 'this is the same run again'}")
+            changed = [*differences(identity, json.loads(json.dumps(self.plan.identity))).values()]
+            changed += [f"that one changed {text}" for text in replayed.get("changed") or []]
+            differs = f"this run differs: {'; '.join(changed)}"
+            self.say(f"{path}: {differs if changed else 'this is the same run again'}")
 
     def _tell_what_changed(self, manifest: Manifest) -> None:
         """What --allow_changed let through, and what it does to the learning rate, which is a function of the step."""

@@ -82,6 +82,16 @@ def test_a_finished_run_trains_longer_on_the_schedule_of_all_its_steps(ranks, da
     assert summary_of(out)["steps"] == 12 and summary_of(out)["examples"] == 48
 
 
+def test_a_replay_of_a_run_that_was_changed_on_its_way_is_not_called_the_same(ranks, data, cache, tmp_path):
+    """Its learning rate followed another schedule first."""
+    out = tmp_path / "out"
+    ranks(1, train_here, cache, settings(data, out, max_steps=1))
+    ranks(1, train_here, cache, settings(data, out, max_steps=2, resume="newest", allow_changed="steps"))
+    replayed = settings(data, tmp_path / "again", max_steps=2, config=str(out / "run.json"))
+    (told,) = ranks(1, told_by, cache, replayed)
+    assert "run.json: this run differs: that one changed after step 1: steps was 1, is 2\n" in told
+
+
 def test_run_json_and_the_manifest_say_which_version_wrote_them(ranks, data, cache, tmp_path):
     out = tmp_path / "out"
     ranks(1, train_here, cache, settings(data, out, max_steps=1))
