@@ -83,8 +83,12 @@ class Splitter:
         """The parts of each text, in order: added tokens, and what lies between them."""
         split = []
         for text, encoding in zip(texts, self._codec.encode_batch(texts), strict=True):
+            starts = [start for start, _ in encoding.offsets]
+            # Not the library's own ends: where a normalizer makes one character of two, they leave out the second.
+            end = max([len(text.rstrip()), *(stop for _, stop in encoding.offsets)])
+            stops = [*starts, end][1:]
             parts = []
-            for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            for id, start, stop in zip(encoding.ids, starts, stops, strict=True):
                 parts.append(self._tokens[id] if id else text[start:stop])
             split.append(parts)
         return split

@@ -20,7 +20,7 @@ from llama.data.templates import END, Segment, Template
 from llama.data.tokenizer_files import load_tokenizer
 from tests.data.test_tokenizer import added, llama2_style, llama3_style, train_byte_level, train_sentencepiece, write
 
-WORDS = ["filmy", "<reason>", "<tool>", "sword", "Ж", " ", "  ", "\n", "a", "the filmy", "word"]
+WORDS = ["filmy", "<reason>", "<tool>", "sword", "Ж", " ", "  ", "\n", "a", "the filmy", "word", "e\u0301"]
 FLAGS = {
     "filmy": {},
     "<reason>": {"normalized": False},
@@ -34,7 +34,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 600, "hidden_size": 8, "num_atten
 def texts_with_added_tokens() -> list[str]:
     """Each token alone, at the start, in the middle, at the end, doubled and beside spaces; and random mixtures."""
     generator = random.Random(0)
-    texts = []
+    texts = [""]
     for token in FLAGS:
         texts += [token, f"{token}a", f"a{token}b", f"a {token} b", f"a{token}", f"{token}{token}", f"x{token} {token}"]
         texts += [f"  {token}  b", f"a\n{token}\nb"]
@@ -52,6 +52,7 @@ def byte_level(folder: Path, place: str) -> Path:
     n = 1 + document["added_tokens"][-1]["id"]
     document["post_processor"] = document["post_processor"]["processors"][1]
     document["pre_tokenizer"]["add_prefix_space"] = place == "prefix space"
+    document["normalizer"] = {"type": "NFC"} if place == "normalizer" else None
     settings = {"eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {}
     if place == "tokenizer_config.json":
@@ -81,6 +82,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "tokenizer_config.json": lambda folder: byte_level(folder, "tokenizer_config.json"),
     "added_tokens.json": lambda folder: byte_level(folder, "added_tokens.json"),
     "prefix space": lambda folder: byte_level(folder, "prefix space"),
+    "normalizer": lambda folder: byte_level(folder, "normalizer"),
     "LlamaTokenizer": lambda folder: llama2(folder, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
     "LlamaTokenizer legacy": lambda folder: llama2(folder, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
     "prepend": lambda folder: llama2(folder, {}, normalized=False),
