@@ -8,6 +8,7 @@ from llama.boundary.errors import UserError, as_user_error, first_few
 from llama.boundary.foreign import refuse_foreign_content
 
 LARGEST_JSON = 64 * 2**20  # bytes; an index of a million tensors fits, a configuration is a thousand times smaller
+LARGEST_TEXT = 1 << 20  # characters of a chat template or a card
 
 
 def inside(folder: Path, name: str, suffix: str, subfolder: str = "") -> Path:
@@ -41,6 +42,17 @@ def read_json(folder: str | Path, name: str) -> dict:
         if not isinstance(values, dict):
             raise TypeError(f"found {type(values).__name__}")
         return values
+
+
+def read_text(path: Path) -> str:
+    """A small text file of such a folder. Raises UserError for one that is too large, not UTF-8, or known to be
+    something else than its name says."""
+    with as_user_error(path, "text in UTF-8"), open(path, encoding="utf-8") as file:
+        text = file.read(LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise UserError(f"{path}: more than {LARGEST_TEXT:,} characters")
+    refuse_foreign_content(path, text.encode())
+    return text
 
 
 def without_repetition(pairs: list) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.boundary.errors import UserError, as_user_error, one_line
-from llama.boundary.untrusted import inside, read_json
+from llama.boundary.untrusted import LARGEST_TEXT, read_json, read_text
 from llama.data.conversation import Turn
 from llama.data.encoding import encode_rows
 from llama.data.layouts import LAYOUTS
@@ -24,8 +24,9 @@ from llama.data.tokenizer import Tokenizer
 # Limits of the process that renders. An ordinary template takes milliseconds and some MB.
 SECONDS = 5  # of its CPU; of the clock ten times as much, because a busy disk may be slow to start it
 BYTES = 1 << 30
-CHARACTERS = 1 << 20  # of the template, and of what it writes
+CHARACTERS = LARGEST_TEXT  # of the template, and of what it writes
 RENDERER = Path(__file__).with_name("jinja_process.py")
+TEMPLATE_NAME = re.compile(r"\w[\w .-]{0,99}")
 DAYS = ("2001-02-03", "2014-05-06")  # a template that writes different texts on these days writes a date
 SYSTEM = Turn("system", "Be brief.")
 TALK = [Turn("user", "Hello"), Turn("assistant", "Hi"), Turn("user", "Bye")]
@@ -161,28 +162,48 @@ class ChatTemplate:
 
 
 def read_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template in the tokenizer's folder, by transformers' rules: chat_template.jinja comes before what
-    tokenizer_config.json says; of several with names, the one named default. None where there is none.
-
-    Raises UserError for files that cannot be read, and values that are no template.
-    """
-    folder = _folder(tokenizer)
-    if (folder / "chat_template.jinja").exists():
-        path = inside(folder, "chat_template.jinja", "")
-        with as_user_error(path, "a chat template in UTF-8"), open(path, encoding="utf-8") as file:
-            source: Any = file.read(CHARACTERS + 1)
-    else:
-        source = _settings(tokenizer, "tokenizer_config.json").get("chat_template")
-        if source is None:
-            source = _settings(tokenizer, "chat_template.json").get("chat_template")
-    if isinstance(source, list):
-        with as_user_error(f"{folder}: chat_template", "a list of {name, template}"):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    """The usual chat template in the tokenizer's folder, None where there is none. Raises UserError as
+    `chat_templates` does, also for the others: an export will copy them."""
+    source: Any = chat_templates(tokenizer.files).get("default")
+    if source is None:
+        source = _settings(tokenizer, "chat_template.json").get("chat_template")
     if source is None:
         return None
     if not isinstance(source, str) or len(source) > CHARACTERS:
-        raise UserError(f"{folder}: chat_template, expected text of at most {CHARACTERS} characters")
+        raise UserError(f"{_folder(tokenizer)}: chat_template, expected text of at most {CHARACTERS} characters")
     return ChatTemplate(source, tokenizer)
+
+
+def chat_templates(files: Sequence[Path]) -> dict[str, str]:
+    """{name: Jinja text} of the chat templates among a tokenizer's files. The usual one is called `default`.
+
+    As transformers reads them: those of tokenizer_config.json, one text or a list of names and texts, unless there are
+    files of their own. Raises UserError for what is neither, and for a name that cannot be a file's.
+    """
+    found = {}
+    for path in files:
+        if path.name == "tokenizer_config.json":
+            found |= _listed_templates(path, read_json(path.parent, path.name).get("chat_template"))
+    for path in files:
+        if path.suffix == ".jinja":
+            found["default" if path.name == "chat_template.jinja" else path.stem] = read_text(path)
+    return found
+
+
+def _listed_templates(where: Path, listed: Any) -> dict[str, str]:
+    """{name: Jinja text} of the value of chat_template in tokenizer_config.json."""
+    templates = {"default": listed} if isinstance(listed, str) else {}
+    if listed is not None and not isinstance(listed, str):
+        with as_user_error(where, "chat_template to be a text, or a list of names and templates"):
+            templates = {one["name"]: one["template"] for one in listed}
+    for name, text in templates.items():
+        if not isinstance(name, str) or not TEMPLATE_NAME.fullmatch(name):
+            raise UserError(
+                f"{where}: names the chat template {name!r:.100}, expected letters, digits and spaces; rename it there"
+            )
+        if not isinstance(text, str) or len(text) > CHARACTERS:
+            raise UserError(f"{where}: chat_template {name!r}, expected text of at most {CHARACTERS} characters")
+    return templates
 
 
 def prompt_text(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str:

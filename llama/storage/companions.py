@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama.boundary.durable import sync, write_durably
-from llama.boundary.errors import UserError, as_user_error
+from llama.boundary.errors import UserError
 from llama.boundary.untrusted import inside, read_json
+from llama.data.chat_template import chat_templates
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_folder import CHAT_TEMPLATES
 
@@ -29,8 +30,6 @@ OURS = re.compile(
     rf"README\.md|chat_template\.jinja|{CHAT_TEMPLATES}(/[^/]+\.jinja)?|generation_config\.json|tokenizer[^/]*|"
     r"special_tokens_map\.json|added_tokens\.json"
 )
-TEMPLATE_NAME = re.compile(r"\w[\w.-]{0,99}")
-LARGEST_TEXT = 1 << 20  # characters of a chat template or a card
 
 
 @dataclass(frozen=True)
@@ -131,29 +130,6 @@ class Companions:
 NO_COMPANIONS = Companions()
 
 
-def chat_templates(files: Sequence[Path]) -> dict[str, str]:
-    """{name: Jinja text} of the chat templates among a tokenizer's files. The usual one is called `default`.
-
-    As transformers reads them: those of tokenizer_config.json, one text or a list of names and texts, unless there are
-    files of their own. Raises UserError for what is neither, and for a name that is no plain name.
-    """
-    found = {}
-    listed = _read_if_among(files, SETTINGS).get("chat_template") or {}
-    if isinstance(listed, str):
-        found = {"default": listed}
-    elif listed:
-        with as_user_error(SETTINGS, "chat_template to be a text, or a list of names and templates"):
-            found = {str(one["name"]): str(one["template"]) for one in listed}
-    for path in files:
-        if path.suffix == ".jinja":
-            name = "default" if path.name == CHAT_TEMPLATE else path.stem
-            found[name] = read_text(path)
-    for name in found:
-        if not TEMPLATE_NAME.fullmatch(name):
-            raise UserError(f"{SETTINGS}: names the chat template {name[:100]!r}, expected letters and digits")
-    return found
-
-
 def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str | None = None) -> Companions:
     """Those of a base that an adapter is merged into: the adapter's folder may hold a tokenizer's files, too, which say
     what its answers end in and how its prompts are built. Raises UserError where the base has no such end token."""
@@ -165,15 +141,6 @@ def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str 
         raise UserError(f"{folder / SETTINGS}: eos_token is {eos!r:.100}, expected a control token of the base")
     end_of_turn = None if eos is None else tokenizer.control_id(eos)
     return Companions.of(tokenizer, config_json, chat_templates(files).get("default"), end_of_turn, card)
-
-
-def read_text(path: Path) -> str:
-    """A small text file of a folder that a stranger may have made."""
-    with as_user_error(path, "text in UTF-8"), open(path, encoding="utf-8") as file:
-        text = file.read(LARGEST_TEXT + 1)
-    if len(text) > LARGEST_TEXT:
-        raise UserError(f"{path}: more than {LARGEST_TEXT:,} characters")
-    return text
 
 
 def _read_if_among(files: Sequence[Path], name: str) -> dict:

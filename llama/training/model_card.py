@@ -10,14 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from llama.boundary.errors import as_user_error, printable
-from llama.boundary.untrusted import read_json
+from llama.boundary.untrusted import read_json, read_text
 from llama.data.chat import Renderer
 from llama.data.sources import PUBLIC_DATASETS, DataSettings
 from llama.data.templates import END, Template
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.score import answer_ids
 from llama.storage.base import Base
-from llama.storage.companions import CARD, Companions, of_adapter, read_text
+from llama.storage.companions import CARD, Companions, of_adapter
 from llama.storage.manifest import Manifest
 from llama.training.journal import read_metrics
 from llama.training.settings import HowToTrain, WhatToTrain, WhereToTrain

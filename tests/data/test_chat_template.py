@@ -305,6 +305,20 @@ def test_what_is_no_template_is_refused(tmp_path, template):
         read_chat_template(load_tokenizer(folder_with(tmp_path / "model", template)))
 
 
+ZEPHYR_AND_OTHER = [{"name": "default", "template": ZEPHYR}, {"name": "../x", "template": "y"}]
+
+
+def test_a_template_that_no_export_could_hold_stops_a_run_before_it_trains(tmp_path):
+    """R13: the name of another template than the one that is used, too. And a git-lfs pointer is no template."""
+    folder = folder_with(tmp_path / "model", ZEPHYR_AND_OTHER)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: names the chat template '../x', .*; rename it there"):
+        read_chat_template(load_tokenizer(folder))
+    pointer = folder_with(tmp_path / "pointer", ZEPHYR)
+    (pointer / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n")
+    with pytest.raises(UserError, match="chat_template.jinja: is a git-lfs pointer, .*`git lfs pull`"):
+        read_chat_template(load_tokenizer(pointer))
+
+
 def test_prompts_are_the_beginnings_of_examples(tmp_path):
     """C13: what is compared with a template's prompt is what stands before the answer of an example."""
     for layout in LAYOUTS:

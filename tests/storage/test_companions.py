@@ -84,6 +84,7 @@ def test_the_exports_chat_template_builds_the_prompt_that_was_trained(tmp_path):
 
 
 NAMED = [{"name": "default", "template": OLD_TEMPLATE}, {"name": "tool_use", "template": "tools"}]
+SPACED = [{"name": "default", "template": OLD_TEMPLATE}, {"name": "tool use", "template": "tools"}]
 
 
 @pytest.mark.parametrize("settings, files, others", [
@@ -92,11 +93,12 @@ NAMED = [{"name": "default", "template": OLD_TEMPLATE}, {"name": "tool_use", "te
     ({}, {"chat_template.jinja": CHATML + "\n"}, {}),
     ({"chat_template": OLD_TEMPLATE}, {}, {"base": OLD_TEMPLATE}),
     ({"chat_template": NAMED}, {}, {"base": OLD_TEMPLATE, "tool_use": "tools"}),
+    ({"chat_template": SPACED}, {}, {"base": OLD_TEMPLATE, "tool use": "tools"}),
     ({"chat_template": "unused"}, {"chat_template.jinja": OLD_TEMPLATE, "additional_chat_templates/rag.jinja": "rag"},
      {"base": OLD_TEMPLATE, "rag": "rag"}),
     ({}, {"chat_template.jinja": "newer", "additional_chat_templates/base.jinja": "oldest"},
      {"base": "oldest", "base-2": "newer"}),
-], ids=range(7))  # fmt: skip
+], ids=range(8))  # fmt: skip
 def test_no_chat_template_of_the_base_is_lost(tmp_path, settings, files, others):
     """The one that was trained takes the usual place; transformers finds the others by their names."""
     folder = write_tokenizer(tmp_path / "base", **settings)
