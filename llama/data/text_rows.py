@@ -132,17 +132,19 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 def _parse_line(line: bytes, number: int, path: Path) -> dict | UserError:
     where = f"{path}:{number}"
+    is_list = number == 1 and line.removeprefix(codecs.BOM_UTF8).startswith(b"[")
+    way_out = "; a JSON list belongs into a file whose name ends in .json" if is_list else ""
     try:
         row = json.loads(line.decode(_encoding(number)), object_pairs_hook=without_repetition)
     except UnicodeDecodeError as error:
         return UserError(f"{where}: byte {error.start} is not UTF-8")
     except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: not valid JSON ({error})")
-    return row if isinstance(row, dict) else _no_object(row, where)
+        return UserError(f"{where}: not valid JSON ({error}){way_out}")
+    return row if isinstance(row, dict) else _no_object(row, where, way_out)
 
 
-def _no_object(value: object, where: str) -> UserError:
-    return UserError(f"{where}: found {type(value).__name__}, expected a JSON object")
+def _no_object(value: object, where: str, way_out: str = "") -> UserError:
+    return UserError(f"{where}: found {type(value).__name__}, expected a JSON object{way_out}")
 
 
 def _read_list(path: Path, start: int, closing: str) -> NumberedRows:
@@ -155,9 +157,13 @@ def _read_list(path: Path, start: int, closing: str) -> NumberedRows:
             while window.next_character() != "]":
                 if number and not window.takes(","):
                     raise ValueError(f"line {window.line}: found {window.next_character()!r}, expected ',' or ']'")
-                value = window.value()
+                value, repeats = window.value()
                 number += 1
-                yield number, value if isinstance(value, dict) else _no_object(value, f"{path}:{number}")
+                where = f"{path}:{number}"
+                if repeats:
+                    yield number, UserError(f"{where}: a name comes twice in it, expected each once")
+                else:
+                    yield number, value if isinstance(value, dict) else _no_object(value, where)
             if not all(window.takes(character) for character in closing) or window.next_character():
                 found = window.next_character()
                 raise ValueError(f"line {window.line}: found {found!r}, expected the file to end with {closing!r}")
@@ -175,7 +181,8 @@ class _Window:
     def __init__(self, file: BufferedIOBase):
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._parser = json.JSONDecoder(object_pairs_hook=without_repetition)
+        self._parser = json.JSONDecoder(object_pairs_hook=self._noting_repetition)
+        self._repeats = False
         self._text = ""
         self._at = 0
         self._lines_before = 0  # of the text that is forgotten
@@ -207,15 +214,22 @@ class _Window:
         self._at += int(fits)
         return fits
 
-    def value(self) -> object:
-        """The next value. Raises ValueError where none is, or where it is longer than LONGEST_LINE characters."""
+    def _noting_repetition(self, pairs: list) -> dict:
+        values = dict(pairs)
+        self._repeats |= len(values) < len(pairs)
+        return values
+
+    def value(self) -> tuple[object, bool]:
+        """The next value, and whether an object in it has a name twice. Raises ValueError where none is, or where it is
+        longer than LONGEST_LINE characters."""
         self.next_character()
         while True:
+            self._repeats = False
             try:
                 value, end = self._parser.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._has_ended:  # or the rest of a number could follow
                     self._at = end
-                    return value
+                    return value, self._repeats
             except json.JSONDecodeError as error:
                 if self._has_ended:
                     raise ValueError(f"line {self._lines_before + error.lineno}: {error.msg}") from None

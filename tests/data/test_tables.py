@@ -138,12 +138,27 @@ def test_what_is_no_object_in_a_list_is_a_bad_row(tmp_path):
     ('[{"a": 1},]', "after row 1 (line 1: "),
     ('[{"a": 1}]\n[]', "after row 1 (line 2: found '[', expected the file to end with ']'"),
     ('{"data": [{"a": 1}], "version": 2}', "after row 1 (line 1: found ',', expected the file to end with ']}'"),
-    ('[{"a": 1, "a": 2}]', "after row 0 (a name comes twice"),
     ('[{"a": ' + "[" * 100_000, "after row 0 ("),
 ], ids=lambda text: text[:30])  # fmt: skip
 def test_a_damaged_list_is_refused_as_a_whole(tmp_path, content, told):
     """A4, R15: the rows before the damage come first, and then one line that says where it is."""
     assert refused(written(tmp_path / "rows.json", content)).startswith(f": not a JSON list {told}")
+
+
+def test_an_object_of_a_list_in_which_a_name_comes_twice_is_one_bad_row(tmp_path):
+    """R5: as in a file of lines, the rows after it are read; also where the name is deeper, and in the next piece."""
+    rows = ['{"a": 1}', '{"a": 1, "a": 2}', '{"b": "%s"}' % ("x" * 70_000), '{"b": [{"a": 1, "a": 2}]}', '{"a": 3}']
+    found = list(read(written(tmp_path / "rows.json", "[" + ", ".join(rows) + "]")))
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5]
+    bad = [f"{tmp_path / 'rows.json'}:{number}: a name comes twice in it, expected each once" for number in (2, 4)]
+    assert [str(row) for _, row in found if isinstance(row, UserError)] == bad
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '\ufeff[\n{"a": 1},\n{"a": 2}\n]'])
+def test_a_list_in_a_file_of_lines_is_told_its_right_name(tmp_path, content):
+    """R15"""
+    (_, error), *_ = read(written(tmp_path / "rows.jsonl", content))
+    assert str(error).endswith("; a JSON list belongs into a file whose name ends in .json")
 
 
 def test_a_list_that_is_cut_short_or_not_utf8_is_refused(tmp_path):
