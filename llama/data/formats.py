@@ -19,6 +19,7 @@ from llama.data.tokenizer import Tokenizer
 GUESSED_FROM = 200  # rows
 MOST_WORDS = 20  # that a suggested template makes an answer of
 LONGEST_WORD = 40
+MOST_FIELDS = 50  # of rows for which a template is suggested
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 WORD = re.compile(rf"[^\s,{{}}[\]]([^\n,{{}}[\]]{{0,{LONGEST_WORD - 2}}}[^\s,{{}}[\]])?")
 NAME = re.compile(r"[^\s=.{}[\]]([^\n=.{}[\]]{0,38}[^\s=.{}[\]])?")
@@ -108,7 +109,10 @@ def _guess(path: Path) -> str:
             lacking.append(f"fit {name}, which does not use {' and '.join(sorted(unused & PROMPT_FIELDS))}")
         else:
             uses[name] = len(template.columns & seen.keys())
-    if any(fields <= seen.keys() for fields in Chat.spellings) or all(_is_list(seen, name) for name in PAIR):
+    is_pair = all(_is_list(seen, name) for name in PAIR)
+    if is_pair:
+        uses.pop("prompt_completion", None)  # which has texts under these names
+    if is_pair or any(fields <= seen.keys() for fields in Chat.spellings):
         uses["chat"] = len(seen)
     best = [name for name, count in uses.items() if count == max(uses.values())]
     if len(best) == 1:
@@ -148,13 +152,16 @@ def _look_at(path: Path) -> tuple[dict, dict[str, Seen]]:
 
 
 def suggestion(seen: dict[str, Seen]) -> str | None:
-    """A template of these fields: texts, each under its name, and then the answer. None where no field can be one."""
+    """A template of these fields: texts, each under its name, and then the answer. None where no field can be one,
+    where what seems to be the answer is neither text nor a few words, or where there are very many fields."""
+    if len(seen) > MOST_FIELDS:
+        return None
     names = [name for name in seen if NAME.fullmatch(name)]
     texts = [name for name in names if seen[name].types == {str}]
     possible = [name for name in names if name in texts or seen[name].choices(name)]
-    if not possible:
+    answer = next((name for name in ANSWER_NAMES if name in seen), possible[-1] if possible else None)
+    if answer not in possible:
         return None
-    answer = next((name for name in ANSWER_NAMES if name in possible), possible[-1])
     prompt = [name for name in texts if name != answer]
     if not prompt:
         return f"[[{{{answer}}}]]" if answer in texts else None
