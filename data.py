@@ -51,7 +51,7 @@ def main() -> None:
     parts = {"train": data.train, "test": data.test}
     splits = {name: part for name, part in parts.items() if part}
     for note in tokenizer.notes:
-        print(note)
+        print(printable(note))
     print_summary(data, splits)
     first = next(iter(splits.values()))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -177,7 +177,7 @@ def run_name(data: str) -> str:
 def print_summary(data: DataSet, splits: Splits) -> None:
     """The template, counts and lengths of each split, how often each answer comes, and what was left out."""
     for line in data.warnings():
-        print(line)
+        print(printable(line))
     held_out = f"; held out: {json.dumps(data.held_out)}" if data.held_out else ""
     print(f"template: {data.template.name}{held_out}")
     print("          examples      tokens    labels    mean    p50    p95    max     cut")
@@ -188,7 +188,8 @@ def print_summary(data: DataSet, splits: Splits) -> None:
         for i, word in enumerate(data.template.answers):
             print(f"{'':10}{printable(word.strip())}: {counts[i]} ({counts[i] / len(part):.1%})")
     if data.bad_row_count:
-        print(f"{data.bad_row_count} bad rows were left out:", *data.first_bad_rows, sep="\n  ")
+        bad_rows = map(printable, data.first_bad_rows)
+        print(f"{data.bad_row_count} bad rows were left out:", *bad_rows, sep="\n  ")
 
 
 def statistics(data: EncodedData) -> dict:

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # --help and mistyped flags need not wait until torc
     run(lambda: parse(EvaluationSettings, description=__doc__))
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data
 from llama.boundary.errors import UserError, reason
-from llama.boundary.launch import is_local_rank_zero
 from llama.data.examples import EncodedData
 from llama.data.sources import PUBLIC_DATASETS
 from llama.data.tokenizer import Tokenizer
@@ -84,9 +82,7 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     if data is None:
         parts = ", ".join(found.source.files)
         raise UserError(f"--split {split}: {settings.data} has no such part, only {parts}")
-    if is_local_rank_zero():
-        for line in found.warnings():
-            print(line, file=sys.stderr)
+    announce(found.warnings())
     if not found.template.answers and settings.metric == "accuracy":
         raise UserError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     return found, data, None if is_whole else split

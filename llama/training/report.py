@@ -14,7 +14,7 @@ from torch import nn
 
 from llama import __version__
 from llama.boundary.durable import replace_durably
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, printable
 from llama.boundary.progress import Progress, say
 from llama.boundary.untrusted import read_json
 from llama.model.quantize import bytes_per_weight
@@ -145,7 +145,7 @@ class Report:
         size, ranks = self.plan.identity["global_batch"], self.process.world_size
         self.say(f"{self.plan.steps} steps of {size} {units}; ranks: {ranks} ({self.process.device.type})")
         for note in notes:
-            self.say(note)
+            self.say(printable(note))
         if ranks > 1:
             self.say(f"in a step, the rank with the most tokens has {imbalance:.2%} more than the mean of all ranks")
         if self.settings.config:

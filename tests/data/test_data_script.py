@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from data import find_template, hold_out, load_data
 from llama.boundary.errors import UserError
 from llama.data.chat import Chat
 from llama.data.examples import BadRows, encode_file
-from llama.data.sources import ASSETS, BUNDLED_SAMPLE, HELD_OUT, PUBLIC_DATASETS, DataSettings, Source
+from llama.data.sources import ASSETS, BUNDLED_SAMPLE, HELD_OUT, PUBLIC_DATASETS, TINY_TOKENIZER, DataSettings, Source
 from llama.data.templates import TEMPLATES, Template
 from llama.data.tokenizer import Tokenizer
 
@@ -198,6 +199,27 @@ def test_fields_that_fit_no_template_or_more_than_one_are_named(tmp_path, tokeni
         Template("my.txt", "\n".join(template)).render(row, "here")
     assert bool(template) == bool(row)
     assert find_template("quotes", Source("mine", {"test": (path,)}), tokenizer) is TEMPLATES["quotes"]
+
+
+@pytest.mark.parametrize("row", [
+    {f"field {number}": "x" for number in range(50_000)},
+    {"text": "x", "label": True},
+    {"title": "x", "text": "y", "label": 0.5},
+    {"question": "x", "chosen": [{"role": "assistant", "content": "y"}]},
+], ids=["many fields", "true or false", "a fraction", "messages"])  # fmt: skip
+def test_no_template_is_suggested_that_would_fill_the_screen_or_forget_the_answer(tmp_path, tokenizer, row):
+    """A4, R15: {"text": ..., "label": true} would be learned as text alone, without a word on its label."""
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError, match="are those of no known template.* or a file of your own") as error:
+        find_template(None, Source("mine", {"test": (path,)}), tokenizer)
+    assert len(error.value.lines) == 1 and len(error.value.lines[0]) < 1000
+
+
+def test_a_prompt_and_completion_of_messages_are_a_chat(tmp_path, tokenizer):
+    """TRL's rows of two lists; two texts under the same names are none."""
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    path = write_rows(tmp_path / "rows.jsonl", [row] * 3)
+    assert find_template(None, Source("mine", {"test": (path,)}), tokenizer).name == "llama2"
 
 
 def test_a_file_without_any_row_has_no_template_to_guess(tmp_path, tokenizer):
@@ -385,6 +407,22 @@ def test_labels_are_coloured_on_a_terminal_unless_no_colour_is_wanted(tmp_path, 
     assert coloured == plain.replace("[[ ", "\x1b[1;32m ").replace("ive]]", "ive\x1b[0m")
     monkeypatch.setenv("NO_COLOR", "")
     assert command(monkeypatch, capsys, *flags, terminal=True)[1] == plain
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_what_a_chat_template_says_never_steers_the_terminal(tmp_path, monkeypatch, capsys):
+    """R15, R16: the message of its error is a part of one line."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_TOKENIZER, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"\x1b[1mkey": 1}))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no\x1b[2J\\n\\nway') }}")
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": talk}] * 3)
+    flags = ("--data", path, "--model", folder, "--template", "zephyr")
+    status, out, _ = command(monkeypatch, capsys, *flags)
+    assert status == 0 and out.count("PROMPT: ") == 1 and "no\\x1b[2J\\n\\nway; serve" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
 
 
 @pytest.mark.usefixtures("no_charts")
