@@ -88,10 +88,14 @@ class Source:
     files: dict[str, tuple[Path, ...]]
     category: str | None = None
     bundled_sample: bool = False
+    unused: tuple[str, ...] = ()  # the names of further files of rows in its folder
 
     def notes(self) -> list[str]:
-        """What a user should know: that this is the bundled sample, or only one of several files."""
+        """What a user should know: that this is the bundled sample, which files are not used, or that this is only one
+        of several."""
         lines = [BUNDLED_SAMPLE] if self.bundled_sample else []
+        if self.unused:
+            lines.append(f"{next(iter(self.files.values()))[0].parent}: not used: {first_few(self.unused)}")
         for paths in self.files.values():
             shard = SHARD.search(_stem(paths[0]))
             if shard and len(paths) < int(shard["count"]):
@@ -115,7 +119,8 @@ def resolve(data: str, data_dir: str | None, use_hub: bool = True) -> Source:
         raise UserError(f"--data_dir {data_dir}: only for a public data set ({names}), found --data {data}")
     path = Path(data)
     if path.is_dir():
-        return Source(data, _split_files(path))
+        files = _split_files(path)
+        return Source(data, files, unused=_unused(files))
     if path.is_file():
         return Source(data, {"train": (path,)})
     raise UserError(f"--data {data}: no such file or folder, nor one of the public data sets ({names})")
@@ -125,8 +130,10 @@ def _resolve_public(name: str, data_dir: str | None, category: str | None, use_h
     if data_dir is not None:
         path = Path(data_dir)
         bundled = os.path.realpath(path) == os.path.realpath(SAMPLE)
-        files: dict[str, tuple[Path, ...]] = {"train": (path,)} if path.is_file() else _split_files(path)
-        return Source(name, files, category, bundled)
+        if path.is_file():
+            return Source(name, {"train": (path,)}, category, bundled)
+        files = _split_files(path)
+        return Source(name, files, category, bundled, _unused(files))
     try:
         if not use_hub:
             raise UserError("the hub was not asked")
@@ -166,6 +173,13 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, ...]]:
         return _split_files(folder / "data")
     others = f", found {len(groups)} others" if groups else ""
     raise UserError(f"{folder}: no train or test file, expected {TRAIN_FILE}{others}")
+
+
+def _unused(files: dict[str, tuple[Path, ...]]) -> tuple[str, ...]:
+    """The names of the data files beside these in their folder."""
+    used = {path for paths in files.values() for path in paths}
+    groups = _groups(next(iter(used)).parent).values()
+    return tuple(path.name for paths in groups for path in paths if path not in used)
 
 
 def _stem(path: Path) -> str:

@@ -34,9 +34,22 @@ def test_a_named_set_is_found_in_a_folder_and_so_is_a_folder_without_a_name(tmp_
     for file in files:
         (tmp_path / file).write_text("")
     expected = {split: (tmp_path / file,) for split, file in found.items()}
-    assert resolve(name, str(tmp_path)) == Source(name, expected)
-    assert resolve(f"{name}:open_qa", str(tmp_path)) == Source(name, expected, "open_qa")
-    assert resolve(str(tmp_path), None) == Source(str(tmp_path), expected)
+    unused = resolve(name, str(tmp_path)).unused
+    assert set(unused).isdisjoint(found.values())
+    assert resolve(name, str(tmp_path)) == Source(name, expected, unused=unused)
+    assert resolve(f"{name}:open_qa", str(tmp_path)) == Source(name, expected, "open_qa", unused=unused)
+    assert resolve(str(tmp_path), None) == Source(str(tmp_path), expected, unused=unused)
+
+
+@pytest.mark.parametrize("name", [None, "imdb"])
+def test_files_of_rows_that_no_split_uses_are_named(tmp_path, name):
+    """D: a validation file where there is a test file, too, or one of another name."""
+    for file in ("train.jsonl", "test.jsonl", "validation.jsonl", "dev.csv", "notes.txt"):
+        write_rows(tmp_path / file, [{"text": "x", "label": 1}])
+    source = resolve(name, str(tmp_path), use_hub=False) if name else resolve(str(tmp_path), None, use_hub=False)
+    assert source.notes() == [f"{tmp_path}: not used: 'dev.csv', 'validation.jsonl'"]
+    single = tmp_path / "train.jsonl"
+    assert resolve(str(single), None, use_hub=False).notes() == []
 
 
 @pytest.mark.parametrize("name", PUBLIC_DATASETS)
