@@ -242,7 +242,7 @@ def _folder(tokenizer: Tokenizer) -> Path:
 
 def _settings(tokenizer: Tokenizer, name: str) -> dict:
     folder = _folder(tokenizer)
-    return read_json(folder, name) if (folder / name).exists() else {}
+    return read_json(folder, name) if os.path.lexists(folder / name) else {}
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

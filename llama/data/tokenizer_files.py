@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _load(path: Path, spelled: list[str]) -> Tokenizer:
 
 def _find_file(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             inside(folder, name, "")
             return folder / name
     raise UserError(f"{folder}: no tokenizer, expected tokenizer.json or tokenizer.model")

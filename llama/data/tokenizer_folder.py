@@ -3,6 +3,7 @@
 Whatever they hold that is not used, and could change the ids, is announced in `notes`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -163,10 +164,13 @@ def _end_token(file: Path, settings: dict, ids: dict[str, int], eos_id: int | No
 
 
 def _eos_ids(folder: Path, name: str) -> list[int]:
-    ids = _read_if_there(folder, name).get("eos_token_id")
-    if ids is None:
+    found = _read_if_there(folder, name).get("eos_token_id")
+    if found is None:
         return []
-    return ids if isinstance(ids, list) else [ids]
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(id) is int for id in ids):
+        raise UserError(f"{folder / name}: eos_token_id is {found!r:.100}, expected a whole number or a list of them")
+    return ids
 
 
 def _other_ends(folder: Path, ids: dict[str, int], eos_id: int) -> list[str]:
@@ -205,7 +209,7 @@ def _unused(folder: Path, settings: dict, ids: dict[str, int], named: list[str])
 def _files(file: Path) -> tuple[Path, ...]:
     """The tokenizer's file and those beside it that belong to it."""
     folder = file.parent
-    names = [name for name in FILES if (folder / name).is_file()]
+    names = [name for name in FILES if os.path.lexists(folder / name)]  # a link that leads nowhere is refused
     files = [file, *(folder / name for name in names)]
     for name in names:
         inside(folder, name, "")  # every export copies them: a link could make it copy any other file
@@ -216,4 +220,4 @@ def _files(file: Path) -> tuple[Path, ...]:
 
 
 def _read_if_there(folder: Path, name: str) -> dict:
-    return read_json(folder, name) if (folder / name).exists() else {}
+    return read_json(folder, name) if os.path.lexists(folder / name) else {}

@@ -247,6 +247,27 @@ def test_an_end_token_that_the_models_settings_do_not_name_is_announced(tmp_path
                      begin + "config.json names 1 as end token"]
 
 
+@pytest.mark.parametrize("eos", ["2", [2, {}], 2.5, True, [None]], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_token_that_is_no_number_is_refused_before_an_export_could_hold_it(tmp_path: Path, file: str, eos):
+    """C12, R15"""
+    with pytest.raises(UserError, match=rf"{file}: eos_token_id is .*, expected a whole number or a list of them"):
+        notes_of(tmp_path, {"eos_token": None}, **{file.replace(".", "__"): {"eos_token_id": eos}})
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                                  "added_tokens.json", "tokenizer.json"])  # fmt: skip
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_link_to_nowhere_and_a_folder_named_like_a_file_are_not_passed_over(tmp_path: Path, name: str, is_link: bool):
+    """R15: as in a hub cache of which a part was deleted. Without tokenizer_config.json, other tokens are control ones.
+    """
+    folder = byte_level(tmp_path, "tokenizer.json")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/gone") if is_link else (folder / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: (is missing or not a file|a link to .*gone), expected a file"):
+        load_tokenizer(folder)
+
+
 def test_keys_that_this_code_does_not_use_are_announced_by_name(tmp_path: Path):
     """C18: unless they are null or known to change no ids."""
     harmless = {"model_max_length": 2048, "padding_side": "left", "pad_token": "<|eot_id|>", "do_lower_case": None,
