@@ -70,7 +70,7 @@ def test_the_command_lists_and_verifies(tmp_path, call, capsys):
     assert [line.split("  ")[0] for line in lines] == ["step-000001", "step-000002", "step-000003", "step-000004.tmp"]
     first, second, third, fourth = lines
     assert first.endswith("loss 0.1  n 8  best") and second.endswith("pinned") and third.endswith("newest")
-    assert "1 ranks" in first and "unfinished" in fourth
+    assert "1 rank " in first and "unfinished" in fourth
     whole = ["step-000001 is whole", "step-000002 is whole", "step-000003 is whole"]
     assert call("verify", tmp_path).splitlines() == whole
     assert call("verify", tmp_path, "--step", "step-2").splitlines() == whole[1:2]

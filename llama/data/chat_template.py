@@ -180,7 +180,7 @@ def chat_templates(files: Sequence[Path]) -> dict[str, str]:
     As transformers reads them: those of tokenizer_config.json, one text or a list of names and texts, unless there are
     files of their own. Raises UserError for what is neither, and for a name that cannot be a file's.
     """
-    found = {}
+    found: dict[str, str] = {}
     for path in files:
         if path.name == "tokenizer_config.json":
             found |= _listed_templates(path, read_json(path.parent, path.name).get("chat_template"))

@@ -6,7 +6,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,20 +15,18 @@ from llama import __version__
 from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError, printable
 from llama.boundary.progress import Progress, say
-from llama.boundary.untrusted import read_json
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together
 from llama.parallel.processes import Process
 from llama.storage.base import Base
 from llama.storage.checkpoint import set_aside
 from llama.storage.companions import NO_COMPANIONS, Companions
-from llama.storage.manifest import Manifest, differences
 from llama.storage.peft import adapter_notes
 from llama.training.curve import Picture, name_of
 from llama.training.figure import Curve
 from llama.training.journal import Journal, read_metrics
 from llama.training.model_card import companions_of_run, prompt_of
-from llama.training.optim import learning_rate
+from llama.training.other_runs import changes, said_of_changes, said_of_replay
 from llama.training.plan import BEGUN, Plan
 from llama.training.settings import FilledSettings
 from llama.training.tracking import Tracker
@@ -94,7 +91,7 @@ class Report:
                 "version": __version__,
                 "settings": resolved,
                 "identity": self.plan.identity,
-                "changed": self._changes(),
+                "changed": changes(self.plan),
                 "ranks": self.process.world_size,
                 "device": self.process.device.type,
                 "examples": data.counts() | {"answers": self.answers, "imbalance": round(imbalance, 5)},
@@ -116,14 +113,6 @@ class Report:
         dtype = str(self.plan.dtype).removeprefix("torch.")
         chosen = {"template": self.plan.identity["template"], "dtype": dtype, "output": str(self.plan.output)}
         return asdict(self.settings) | chosen
-
-    def _changes(self) -> list[str]:
-        """Of a run that --allow_changed continued: after which step which settings became others."""
-        if not self.plan.manifest:
-            return []
-        changed = differences(self.plan.manifest.identity, self.plan.identity)
-        before = read_json(self.plan.output, "run.json").get("changed") or []
-        return [*before, *(f"after step {self.plan.first_step}: {text}" for text in changed.values())]
 
     def _track(self, resolved: dict, earlier: list[dict]) -> None:
         first_step = self.plan.first_step
@@ -148,39 +137,15 @@ class Report:
             self.say(printable(note))
         if ranks > 1:
             self.say(f"in a step, the rank with the most tokens has {imbalance:.2%} more than the mean of all ranks")
-        if self.settings.config:
-            self._compare_with_replayed(Path(self.settings.config))
+        for line in said_of_replay(self.settings.config, self.plan):
+            self.say(line)
         for left_over in sorted((self.plan.output / "checkpoints").glob("step-*.tmp")):
             self.say(f"{left_over}: was not finished, and is left out")
         if self.settings.resume or self.plan.saved:
             lacking = "" if self.plan.saved else " (it has no checkpoint)"
             self.say(f"resuming after step {self.plan.first_step} of {self.plan.steps} in {self.plan.output}{lacking}")
-        if self.plan.manifest:
-            self._tell_what_changed(self.plan.manifest)
-
-    def _compare_with_replayed(self, path: Path) -> None:
-        """Whether this is the same run as that of a run.json: with other data, ranks or flags it may not be."""
-        replayed = read_json(path.parent, path.name)
-        identity = replayed.get("identity")
-        if isinstance(identity, dict):
-            changed = [*differences(identity, json.loads(json.dumps(self.plan.identity))).values()]
-            changed += [f"that one changed {text}" for text in replayed.get("changed") or []]
-            differs = f"this run differs: {'; '.join(changed)}"
-            self.say(f"{path}: {differs if changed else 'this is the same run again'}")
-
-    def _tell_what_changed(self, manifest: Manifest) -> None:
-        """What --allow_changed let through, and what it does to the learning rate, which is a function of the step."""
-        first, steps, chosen = self.plan.first_step, self.plan.steps, self.settings
-        changed = differences(manifest.identity, self.plan.identity)
-        if changed:
-            self.say(f"changed since then: {'; '.join(changed.values())}")
-        earlier = [line for line in self._lines if "learning_rate" in line]
-        if earlier and first < steps and changed.keys() & {"steps", "learning_rate", "lr_schedule", "warmup_ratio"}:
-            rate = learning_rate(first, steps, chosen.learning_rate, chosen.lr_schedule, chosen.warmup_ratio)
-            self.say(
-                f"the learning rate follows the schedule over all {steps} steps: it is {rate:.3g} in step {first + 1} "
-                f"and was {earlier[-1]['learning_rate']:.3g} in step {earlier[-1]['step']}"
-            )
+        for line in said_of_changes(self.plan, self.settings, self._lines):
+            self.say(line)
 
     def write(self, **line) -> None:
         """Add a line to metrics.jsonl. If the disk refuses it, the next `check` raises."""
