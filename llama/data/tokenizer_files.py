@@ -57,7 +57,9 @@ def _load(path: Path, spelled: list[str]) -> Tokenizer:
         return SentencePieceTokenizer(path, file, data, spelled)
     except (UserError, ImportError, MemoryError):
         raise
-    except Exception as error:  # for a damaged file, the libraries raise errors of any class
+    except BaseException as error:  # for a damaged file, the libraries raise errors of any class
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of Rust's libraries
+            raise
         raise UserError(f"{file}: {type(error).__name__} {reason(error)}, expected a whole tokenizer") from None
 
 

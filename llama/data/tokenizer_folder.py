@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama.boundary.errors import UserError, first_few
+from llama.boundary.errors import UserError, as_user_error, first_few
 from llama.boundary.untrusted import inside, read_json
 from llama.data.added_tokens import AddedToken, check_ids
 from llama.data.layouts import CONTROL_TOKENS
@@ -61,12 +61,13 @@ def read_folder(
     """
     folder = file.parent
     settings = read_settings(folder)
-    tokens = _read_tokens(file, folder, settings, own)
+    with as_user_error(f"{folder}: tokenizer_config.json or a file beside it", "tokens by their names"):
+        tokens = _read_tokens(file, folder, settings, own)
+        named = _named_tokens(settings)
     check_ids(file, vocab, tokens.values())
     ids = vocab | {token.content: token.id for token in tokens.values()}
     eos_id = _end_token(file, settings, ids, eos_id)
 
-    named = _named_tokens(settings)
     control = {name: ids[name] for name in named if name in ids}
     # A chat layout adds its tokens by their ids. So they are control tokens, whatever the files call them.
     of_layouts = {token for layout in CONTROL_TOKENS.values() for token in layout}
@@ -116,12 +117,18 @@ def _read_tokens(file: Path, folder: Path, settings: dict, own: Sequence[AddedTo
 
 def _named_tokens(settings: dict) -> list[str]:
     """The control tokens that tokenizer_config.json names: bos_token, eos_token, ..., and lists of further ones."""
-    named = [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
+    named = {key: [value] for key, value in settings.items() if key.endswith("_token") and type(value) is not bool}
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
-        more = settings.get(key) or []
-        named += more.values() if isinstance(more, dict) else more
-    names = map(text_of, named)
-    return [name for name in names if name is not None]
+        more = settings.get(key)
+        named[key] = list(more.values()) if isinstance(more, dict) else more or []
+    found = []
+    for key, tokens in named.items():
+        texts = [text_of(token) for token in tokens if token is not None]
+        # The letters of a text would each be a control token.
+        if not isinstance(tokens, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{key} is {settings[key]!r:.100}")
+        found += texts
+    return found
 
 
 def text_of(token: str | dict | None) -> str | None:

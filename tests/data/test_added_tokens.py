@@ -268,6 +268,25 @@ def test_a_link_to_nowhere_and_a_folder_named_like_a_file_are_not_passed_over(tm
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("settings", [
+    {"additional_special_tokens": "abc"}, {"additional_special_tokens": [["a"]]}, {"extra_special_tokens": {"a": 1}},
+    {"eos_token": {}}, {"pad_token": 7}, {"added_tokens_decoder": ["a"]}, {"added_tokens_decoder": {"7": "a"}},
+], ids=str)  # fmt: skip
+def test_tokens_that_are_not_named_as_tokens_are_told_with_the_file(tmp_path: Path, settings: dict):
+    """R15: the letters of the text "abc" were three control tokens, which no row could spell."""
+    with pytest.raises(UserError, match="_config.json or a file beside it: .*, expected tokens by their names"):
+        notes_of(tmp_path, settings)
+
+
+def test_a_library_that_panics_is_one_line(tmp_path: Path):
+    """R15: the exception of Rust's libraries is no Exception."""
+    document = llama3_style(train_byte_level()) | {"truncation": None}
+    document["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    folder = write(tmp_path, tokenizer__json=document, tokenizer_config__json={"eos_token": "<|eot_id|>"})
+    with pytest.raises(UserError, match="tokenizer.json: PanicException .*, expected a whole tokenizer"):
+        load_tokenizer(folder)
+
+
 def test_keys_that_this_code_does_not_use_are_announced_by_name(tmp_path: Path):
     """C18: unless they are null or known to change no ids."""
     harmless = {"model_max_length": 2048, "padding_side": "left", "pad_token": "<|eot_id|>", "do_lower_case": None,
