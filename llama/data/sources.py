@@ -178,8 +178,10 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, ...]]:
 def _unused(files: dict[str, tuple[Path, ...]]) -> tuple[str, ...]:
     """The names of the data files beside these in their folder."""
     used = {path for paths in files.values() for path in paths}
-    groups = _groups(next(iter(used)).parent).values()
-    return tuple(path.name for paths in groups for path in paths if path not in used)
+    unused = []
+    for paths in _groups(next(iter(used)).parent).values():
+        unused += [path.name for path in paths if path not in used]
+    return tuple(unused)
 
 
 def _stem(path: Path) -> str:

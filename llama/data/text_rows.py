@@ -162,8 +162,10 @@ def _read_list(path: Path, start: int, closing: str) -> NumberedRows:
                 where = f"{path}:{number}"
                 if repeats:
                     yield number, UserError(f"{where}: a name comes twice in it, expected each once")
+                elif isinstance(value, dict):
+                    yield number, value
                 else:
-                    yield number, value if isinstance(value, dict) else _no_object(value, where)
+                    yield number, _no_object(value, where)
             if not all(window.takes(character) for character in closing) or window.next_character():
                 found = window.next_character()
                 raise ValueError(f"line {window.line}: found {found!r}, expected the file to end with {closing!r}")

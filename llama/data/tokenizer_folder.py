@@ -117,7 +117,10 @@ def _read_tokens(file: Path, folder: Path, settings: dict, own: Sequence[AddedTo
 
 def _named_tokens(settings: dict) -> list[str]:
     """The control tokens that tokenizer_config.json names: bos_token, eos_token, ..., and lists of further ones."""
-    named = {key: [value] for key, value in settings.items() if key.endswith("_token") and type(value) is not bool}
+    named = {}
+    for key, value in settings.items():
+        if key.endswith("_token") and type(value) is not bool:  # add_bos_token is one
+            named[key] = [value]
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         more = settings.get(key)
         named[key] = list(more.values()) if isinstance(more, dict) else more or []
