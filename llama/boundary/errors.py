@@ -30,7 +30,7 @@ def as_user_error(where: str | Path, expected: str = "") -> Iterator[None]:
         raise UserError(f"{where}: {reason(error)}{ending}") from None
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The cause in a few words: what the system says of a file, which key is missing, or the error's own message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -39,7 +39,7 @@ def reason(error: Exception) -> str:
     return one_line(error)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The error's message without line breaks and terminal escapes: it may quote a hostile file."""
     text = "".join(c if c.isprintable() else " " for c in str(error))
     return text.strip()[:300] or type(error).__name__

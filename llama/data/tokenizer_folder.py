@@ -124,7 +124,7 @@ def _named_tokens(settings: dict) -> list[str]:
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         more = settings.get(key)
         named[key] = list(more.values()) if isinstance(more, dict) else more or []
-    found = []
+    found: list = []
     for key, tokens in named.items():
         texts = [text_of(token) for token in tokens if token is not None]
         # The letters of a text would each be a control token.
