@@ -132,14 +132,15 @@ class ChatTemplate:
         names = self.tokenizer.control_names
         if self._codec and all(self._codec.token_to_id(name) is not None for name in names):
             return self._codec.encode(text, add_special_tokens=False).ids
-        is_legacy = _settings(self.tokenizer, "tokenizer_config.json").get("legacy") is not False
+        is_legacy = bool(_settings(self.tokenizer, "tokenizer_config.json").get("legacy"))
         names = sorted(names, key=len, reverse=True)
         ids = []
         for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
             if self.tokenizer.has_control(piece):
                 ids.append(self.tokenizer.control_id(piece))
             elif piece:
-                starts_text = is_legacy or not ids  # the old rule puts a space behind every control token
+                # The old rule puts a space behind every control token, unless there is one.
+                starts_text = not ids or (is_legacy and not piece.startswith(" "))
                 encoded = self.tokenizer.encode(piece, starts_text)
                 has_bos = starts_text and self.tokenizer.bos_id is not None
                 ids += encoded[1:] if has_bos else encoded

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from samples import BUNDLED, REAL, loaded, write_rows
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Codec
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -13,12 +14,13 @@ from data import load_data
 from llama.boundary.errors import UserError
 from llama.data import chat_template
 from llama.data.chat import CONTROL_TOKENS, LAYOUTS, Chat, find_chat, layout_of
-from llama.data.chat_template import Inserted, prompt_ids, read_chat_template
+from llama.data.chat_template import ChatTemplate, Inserted, prompt_ids, read_chat_template
 from llama.data.conversation import read_turns
 from llama.data.encoding import encode_rows
 from llama.data.sources import DataSettings
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
+from tests.data.test_tokenizer import llama2_style, train_sentencepiece, write
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -202,6 +204,41 @@ def test_the_same_text_of_other_ids_is_told(tmp_path):
     chat, _ = chat_of(folder, tmp_path, TALKS[1])
     assert chat.name == "zephyr" and "the text is the same, '<s><|system|>\\nBe" in chat.notes[0]
     assert "ids are not" in chat.notes[0]
+
+
+def test_a_difference_far_behind_the_start_of_a_prompt_is_shown(tmp_path):
+    """Not the first characters of both prompts, which are the same."""
+    template = SMOLLM2.replace("assistant\n' }}{% endif", "assistant\nSure' }}{% endif")
+    talk = [SYSTEM, USER | {"content": "word " * 200}, ANSWER]
+    (note,) = chat_of(folder_with(tmp_path / "model", template, CHATML), tmp_path, talk, layout="chatml")[0].notes
+    assert r"assistant\n', served as ..." in note and r"assistant\nSure'" in note
+
+
+def test_of_two_control_tokens_that_a_prompt_may_spell_the_longer_one_is_compared(tmp_path):
+    """As transformers finds them, where "<go>" begins "<go>!"."""
+    (tmp_path / "tokenizer.model").write_bytes(BUNDLED.read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<go>": 1280, "<go>!": 1281}))
+    config = {"chat_template": ZEPHYR, "additional_special_tokens": ["<go>", "<go>!"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = read_chat_template(load_tokenizer(tmp_path)).ids("<go>!<go>")
+    assert ids == [1281, 1280]
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+def test_a_prompt_is_compared_by_the_ids_that_transformers_gives_it(tmp_path, legacy):
+    """C12: of a tokenizer.model, where only `legacy` puts a space behind control tokens. Without that key there is
+    none."""
+    transformers = pytest.importorskip("transformers")
+    model = train_sentencepiece()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    ours = write(tmp_path / "model", tokenizer__model=model, tokenizer_config__json=settings)
+    document = llama2_style(SentencePieceProcessor(model_proto=model))
+    write(tmp_path / "json", tokenizer__json=document, tokenizer_config__json=settings)
+    oracle = transformers.LlamaTokenizer.from_pretrained(tmp_path / "json")
+    template = ChatTemplate("", load_tokenizer(ours))
+    for text in ("<s>the film</s>\nthe film</s>the film", "the film</s> the"):
+        assert template.ids(text) == oracle(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_conversation_that_the_template_refuses_is_told(tmp_path):
