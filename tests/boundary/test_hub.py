@@ -1,5 +1,6 @@
-"""What is asked of the hub for a data set: all of its files, or an error."""
+"""What is asked of the hub: of a data set all files, of a model those that are read; or an error."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -65,3 +66,13 @@ def test_a_download_that_broke_off_is_never_taken_for_the_whole(fake):
     fake["reachable"] = False
     with pytest.raises(UserError, match="the hub, which has org/set, cannot be reached"):
         hub.download_dataset("org/set", "main", SPLITS)
+
+
+def test_of_a_model_every_file_that_is_read_is_downloaded_and_no_pickle(fake, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or str(tmp_path))
+    assert hub.find_model("org/model") == tmp_path
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    names = [*wanted, "pytorch_model.bin", "consolidated.00.pth"]
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])] == wanted

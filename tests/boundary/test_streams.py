@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llama.boundary.streams import Forgiving
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
     import sys
@@ -80,3 +82,29 @@ def test_no_program_ends_because_of_its_stderr(tmp_path, keep_going):
         assert outcome(tmp_path, keep_going, True, f"{redirected} > out") == (0, "", True)
         assert (tmp_path / "out").read_text().splitlines() == ["line 0", "line 1", "line 2", "last"]
         (tmp_path / "result").unlink()
+
+
+def test_what_a_slow_reader_has_no_room_for_is_written_later(tmp_path):
+    """A write that was done in part says so: the rest is not taken for written."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    written = Forgiving(writer, "wb").write(bytes(1 << 20))
+    assert 0 < written == len(os.read(reader, 1 << 20)) < 1 << 20
+    os.close(reader)
+
+
+def test_a_line_on_stderr_is_there_at_once(tmp_path):
+    """Also where the process then ends without a farewell, as at a second Ctrl-C."""
+    text = "import os, sys; from llama.boundary.command_line import run; " \
+           "run(lambda: (print('told', file=sys.stderr), os._exit(3)))"
+    ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                           env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (ended.returncode, ended.stderr) == (3, "told\n")
+
+
+def test_a_character_that_the_terminal_cannot_show_is_spelled_out():
+    """It neither ends the program nor is it left out."""
+    text = "from llama.boundary.command_line import run; run(lambda: print('caf\\xe9 \\u6620'))"
+    ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stdout) == (0, r"caf\xe9 \u6620" + "\n")
