@@ -20,7 +20,7 @@ from llama.data.templates import END, Segment, Template
 from llama.data.tokenizer_files import load_tokenizer
 from tests.data.test_tokenizer import added, llama2_style, llama3_style, train_byte_level, train_sentencepiece, write
 
-WORDS = ["filmy", "<reason>", "<tool>", "sword", "Ж", " ", "  ", "\n", "a", "the filmy", "word", "e\u0301"]
+WORDS = ["filmy", "FILMY", "<reason>", "<tool>", "sword", "Ж", " ", "  ", "\n", "a", "the filmy", "word", "e\u0301"]
 FLAGS = {
     "filmy": {},
     "<reason>": {"normalized": False},
@@ -77,6 +77,18 @@ def llama2(folder: Path, settings: dict, metaspace: bool = False, normalized: bo
     return write(folder, tokenizer__json=document, tokenizer_config__json=settings, config__json=CONFIG)
 
 
+def lowercase(folder: Path) -> Path:
+    """A byte-level tokenizer.json whose normalizer changes letters. FLAGS in tokenizer_config.json: by default, those
+    that are text are found after it."""
+    byte_level(folder, "tokenizer_config.json")
+    document = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for token in settings["added_tokens_decoder"].values():
+        if token["normalized"]:
+            del token["normalized"]
+    return write(folder, tokenizer__json=document, tokenizer_config__json=settings)
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "tokenizer.json": lambda folder: byte_level(folder, "tokenizer.json"),
     "tokenizer_config.json": lambda folder: byte_level(folder, "tokenizer_config.json"),
@@ -86,6 +98,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "LlamaTokenizer": lambda folder: llama2(folder, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
     "LlamaTokenizer legacy": lambda folder: llama2(folder, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
     "prepend": lambda folder: llama2(folder, {}, normalized=False),
+    "lowercase": lambda folder: lowercase(folder),
     "metaspace": lambda folder: llama2(folder, {}, metaspace=True),
 }
 
@@ -102,6 +115,16 @@ def test_added_tokens_that_are_text_get_the_ids_of_transformers(tmp_path: Path, 
     assert tokenizer.encode_batch(texts) == reference(texts)["input_ids"]
     assert [tokenizer.encode(text) for text in texts[:50]] == reference(texts[:50])["input_ids"]
     assert not any(map(tokenizer.has_control, FLAGS))
+
+
+def test_a_normalizer_that_prepends_a_space_does_so_once_where_tokens_are_found_behind_it(tmp_path: Path):
+    """As transformers does, beside single tokens. (A space between two tokens of which only the first is found before
+    the normalizer becomes two of ours and one of theirs.)"""
+    from transformers import AutoTokenizer
+
+    folder = llama2(tmp_path, {})
+    texts = texts_with_added_tokens()[:40]
+    assert load_tokenizer(folder).encode_batch(texts) == AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"prefix space"}))  # its decoder keeps the space that it adds

@@ -206,6 +206,16 @@ def test_the_same_text_of_other_ids_is_told(tmp_path):
     assert "ids are not" in chat.notes[0]
 
 
+def test_a_template_is_rendered_as_transformers_does_it(tmp_path):
+    """Without the spaces before a block and the line break behind it; JSON keeps its letters."""
+    transformers = pytest.importorskip("transformers")
+    template = "{% for m in messages %}\n    {% if true %}\n{{ m['content'] | tojson }}\n    {% endif %}\n{% endfor %}"
+    folder = folder_with(tmp_path / "model", template)
+    (written,) = read_chat_template(load_tokenizer(folder)).write([(read_turns({"messages": TALKS[2]}, "here"), None)])
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert written.text == oracle.apply_chat_template(TALKS[2], tokenize=False) and "映画" in written.text
+
+
 def test_a_difference_far_behind_the_start_of_a_prompt_is_shown(tmp_path):
     """Not the first characters of both prompts, which are the same."""
     template = SMOLLM2.replace("assistant\n' }}{% endif", "assistant\nSure' }}{% endif")

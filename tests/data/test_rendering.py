@@ -52,11 +52,13 @@ def test_a_field_that_belongs_to_the_prompt_is_refused_by_name_unless_it_is_empt
 
 
 def test_other_fields_are_noted_by_name_wherever_in_the_file_they_are(tmp_path, encode):
-    """D20: null and empty ones are as absent. The names come from the cache, too, and their number is bounded."""
-    rows = [ALPACA | {"id": 7, "note": None, "tags": []}, ALPACA, ALPACA | {"line\nbreak": "x", "score": 0.5}]
+    """D20: null and empty ones are as absent, 0 and false are not. The names come from the cache, too, and their number
+    is bounded."""
+    said = {"line\nbreak": "x", "score": 0.5, "votes": 0, "kept": False}
+    rows = [ALPACA | {"id": 7, "note": None, "tags": []}, ALPACA, ALPACA | said]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     for _ in range(2):
-        assert set(encode(path, TEMPLATES["alpaca"]).unused) == {"id", "line\nbreak", "score"}
+        assert set(encode(path, TEMPLATES["alpaca"]).unused) == {"id", *said}
     many = write_rows(tmp_path / "many.jsonl", [ALPACA | {f"field {i}": i} for i in range(200)])
     assert len(encode(many, TEMPLATES["alpaca"]).unused) == 50
     talk = write_rows(tmp_path / "talk.jsonl", [{"messages": TALK, "prompt": "Hi", "source": "x"}])
@@ -117,6 +119,8 @@ SUGGESTED = {
                "title:\n{title}\n\nbody:\n{body...}\n\nsummary:\n[[{summary}]]"),
     "an optional text": ([{"q": "a", "hint": "b", "answer": "c"}, {"q": "a", "answer": "c"}],
                          "\n=====\nq:\n{q...}\n\nanswer:"),
+    "long answers of which each comes twice": ([{"q": "a", "answer": "x" * 60}, {"q": "b", "answer": "y" * 60}] * 2,
+                                               "answer:\n[[{answer}]]"),
     "only one text": ([{"story": "a", "n": 1.5}], "[[{story}]]"),
     "names that no template can hold": ([{"a.b": "x", "{c}": "y", "d": "z"}], "[[{d}]]"),
 }  # fmt: skip

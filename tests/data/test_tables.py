@@ -121,7 +121,10 @@ def test_a_json_file_may_also_have_an_object_in_each_line(tmp_path):
     assert list(read(path)) == [(2, {"data": 1}), (4, {"text": "b"})]
 
 
-def test_what_is_no_object_in_a_list_is_a_bad_row(tmp_path):
+@pytest.mark.parametrize("piece", [1, 1 << 16])
+def test_what_is_no_object_in_a_list_is_a_bad_row(tmp_path, monkeypatch, piece):
+    """Also a number that goes on in the next piece that is read."""
+    monkeypatch.setattr(llama.data.text_rows, "PIECE", piece)
     path = written(tmp_path / "rows.json", '[{"a": 1}, [2], 34, "b", null]')
     first, *others = read(path)
     assert first == (1, {"a": 1})

@@ -740,7 +740,7 @@ def test_a_broken_tokenizer_json_is_refused(tmp_path: Path):
         wrongs = ("x", [7], {"type": "Nonsense"})
         broken += [json.dumps(document | {part: wrong}).encode() for wrong in wrongs]
     for part, wrong in [("type", "Unigram"), ("merges", [["q q", "zz"]]), ("vocab", {"a": -1}),
-                        ("continuing_subword_prefix", "##")]:
+                        ("continuing_subword_prefix", "##"), ("dropout", 0.1)]:
         broken.append(json.dumps(document | {"model": document["model"] | {part: wrong}}).encode())
     for content in broken:
         file.write_bytes(content)
