@@ -214,7 +214,9 @@ def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     """C54: the same predictions as with labels; nothing is scored, and it is said. Else such a row is a bad row."""
     rows = [json.loads(line) for line in reviews.read_text().splitlines()]
     unlabelled, out = tmp_path / "new.jsonl", tmp_path / "predictions.jsonl"
-    unlabelled.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    labels = [{}, {"label": None}]  # absent, or null
+    lines = [json.dumps({"text": row["text"]} | labels[i % 2]) + "\n" for i, row in enumerate(rows)]
+    unlabelled.write_text("".join(lines))
     common = ("--model", exported, "--template", "imdb", "--dtype", "float32")
     predicted = {}
     for path in (reviews, unlabelled):

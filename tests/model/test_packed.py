@@ -50,6 +50,16 @@ def computed(path: str, q, k, v, d_out, lengths: list[int]) -> list[torch.Tensor
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
 
+def test_a_key_that_many_blocks_see_gets_its_whole_gradient_in_bf16(monkeypatch):
+    """Where all scores are equal, row i gives 1 / (i + 1) of its gradient to the first value. A sum in bf16 would stop
+    to grow at two thirds of it."""
+    monkeypatch.setattr(llama.model.packed, "QUERY_ROWS", 2)
+    q, k, v = (torch.zeros(1024, 1, 2, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    PackedDocuments([1024]).attend_blocks(q, k, v).sum().backward()
+    expected = sum(1 / (i + 1) for i in range(1024))
+    assert v.grad[0].flatten().tolist() == pytest.approx([expected, expected], rel=0.01)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -401,10 +401,11 @@ def test_the_fingerprint_covers_whatever_files_the_index_names(folder):
     files = under_other_names(folder)
     base = Base.pretrained(str(folder))
     first = base.fingerprint
-    shutil.copy(files[0], folder / "model-of-old.safetensors")
+    for name in ("model-of-old.safetensors", "rotary.safetensors"):
+        shutil.copy(files[0], folder / name)
     with_another = Base.pretrained(str(folder))
     assert with_another.fingerprint == first and base.notes == []
-    assert with_another.notes == [f"{folder}: not used: 'model-of-old.safetensors'"]
+    assert with_another.notes == [f"{folder}: not used: 'model-of-old.safetensors', 'rotary.safetensors'"]
     for file in files:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -451,3 +452,12 @@ def test_the_dtype_of_a_base_is_that_of_most_of_its_weights(folder, dtype):
     stored = {name: tensor if tensor.ndim == 1 else tensor.to(dtype) for name, tensor in weights.items()}
     save_file(stored, folder / "model.safetensors")
     assert Base.pretrained(str(folder)).dtype == dtype
+
+
+def test_of_a_bases_dtypes_the_one_with_the_most_numbers_counts_and_not_that_of_the_most_tensors(folder):
+    """A large embedding outweighs many small matrices."""
+    weights = load_file(folder / "model.safetensors")
+    large = {name: tensor.half() for name, tensor in weights.items() if len(tensor) == SMALL.vocab_size}
+    assert 2 * sum(tensor.numel() for tensor in large.values()) > sum(tensor.numel() for tensor in weights.values())
+    save_file(weights | large, folder / "model.safetensors")
+    assert Base.pretrained(str(folder)).dtype == torch.float16
