@@ -1,8 +1,11 @@
 """Who has started this process: torchrun, nobody, or another launcher that has started several copies."""
 
+import json
+
 import pytest
 
 from llama.boundary import launch as module
+from llama.boundary.command_line import run
 from llama.boundary.errors import UserError
 from llama.boundary.launch import Launch, is_local_rank_zero, launch, refuse_copies
 
@@ -79,3 +82,15 @@ def test_several_copies_are_refused_and_one_of_each_machine_says_why(environment
 def test_one_process_is_no_copy(environment, found):
     environment(found)
     refuse_copies("train.py")
+
+
+def test_torchruns_report_of_a_failure_ends_with_the_line_that_was_printed(environment, tmp_path, monkeypatch, capsys):
+    def main():
+        raise UserError("rows.jsonl:3: is no row")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    environment(WHOLE | {"RANK": "8", "LOCAL_RANK": "0"})
+    with pytest.raises(SystemExit):
+        run(main)
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told == "rows.jsonl:3: is no row" and capsys.readouterr().err == f"{told}\n"
