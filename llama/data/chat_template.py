@@ -128,7 +128,8 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """The ids that transformers makes of the whole text, in which it looks for control tokens: by the library of
-        tokenizer.json, or, for a tokenizer.model, by transformers' rule for the space before a text."""
+        tokenizer.json, or, for a tokenizer.model and its LlamaTokenizer, by transformers' rule for the space before a
+        text."""
         names = self.tokenizer.control_names
         if self._codec and all(self._codec.token_to_id(name) is not None for name in names):
             return self._codec.encode(text, add_special_tokens=False).ids
@@ -152,9 +153,12 @@ class ChatTemplate:
 
         file = _folder(self.tokenizer) / "tokenizer.json"
         try:
-            return Codec.from_file(str(file)) if file.exists() else None
+            codec = Codec.from_file(str(file)) if file.exists() else None
         except Exception:  # of any class; `Tokenizer` reads a part of the file, and the library all of it
             return None
+        name = str(_settings(self.tokenizer, "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
+        # transformers' LlamaTokenizer has steps of its own, those of a tokenizer.model, unless the file is byte-level.
+        return None if name == "LlamaTokenizer" and codec and "ByteLevel" not in str(codec.pre_tokenizer) else codec
 
     def _without_bos(self, text: str) -> str:
         bos_id = self.tokenizer.bos_id

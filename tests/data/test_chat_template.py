@@ -236,8 +236,8 @@ def test_of_two_control_tokens_that_a_prompt_may_spell_the_longer_one_is_compare
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_a_prompt_is_compared_by_the_ids_that_transformers_gives_it(tmp_path, legacy):
-    """C12: of a tokenizer.model, where only `legacy` puts a space behind control tokens. Without that key there is
-    none."""
+    """C12: of a tokenizer.model, and of the tokenizer.json that is made of one, where only `legacy` puts a space behind
+    control tokens. Without that key there is none."""
     transformers = pytest.importorskip("transformers")
     model = train_sentencepiece()
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
@@ -246,9 +246,10 @@ def test_a_prompt_is_compared_by_the_ids_that_transformers_gives_it(tmp_path, le
     document = llama2_style(SentencePieceProcessor(model_proto=model))
     write(tmp_path / "json", tokenizer__json=document, tokenizer_config__json=settings)
     oracle = transformers.LlamaTokenizer.from_pretrained(tmp_path / "json")
-    template = ChatTemplate("", load_tokenizer(ours))
+    templates = [ChatTemplate("", load_tokenizer(folder)) for folder in (ours, tmp_path / "json")]
     for text in ("<s>the film</s>\nthe film</s>the film", "the film</s> the"):
-        assert template.ids(text) == oracle(text, add_special_tokens=False)["input_ids"]
+        expected = oracle(text, add_special_tokens=False)["input_ids"]
+        assert [template.ids(text) for template in templates] == [expected] * 2
 
 
 def test_a_conversation_that_the_template_refuses_is_told(tmp_path):
