@@ -91,3 +91,10 @@ def test_an_update_far_below_the_distance_of_neighbouring_numbers_is_lost_as_a_w
     assert rounding.relative_error() == pytest.approx(1.0, abs=1e-6)
     said = "the error of rounding to bfloat16 is 100.0% of what training has changed; do this"
     assert rounding.sentence("do this") == said
+
+
+def test_the_way_out_is_told_where_more_than_a_twentieth_is_lost():
+    small = Rounding(torch.bfloat16, lost=0.04**2, changed=1.0).sentence("do this")
+    large = Rounding(torch.bfloat16, lost=0.06**2, changed=1.0).sentence("do this")
+    assert small.endswith("4.0% of what training has changed")
+    assert large.endswith("6.0% of what training has changed; do this")
