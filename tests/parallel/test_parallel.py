@@ -18,6 +18,7 @@ from llama.boundary.errors import UserError
 from llama.data.batches import deal, pack
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.model.norm import RMSNorm
+from llama.parallel.shards import all_finite
 from llama.storage.pretrained import initialize_weights
 from llama.training.optim import build_adamw
 from llama.training.settings import TrainingSettings
@@ -417,6 +418,13 @@ def compiled_losses(lengths: list[int]) -> list[tuple]:
             loss.backward()
         results.append((*map(float, losses), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     return results
+
+
+def test_weights_are_finite_in_the_dtype_that_they_will_be_written_in():
+    """A float16 ends at 65,504."""
+    model = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.constant_(model.weight, 1e5)
+    assert all_finite(model) and all_finite(model, torch.bfloat16) and not all_finite(model, torch.float16)
 
 
 @pytest.mark.slow

@@ -52,6 +52,15 @@ def test_the_learned_end_of_turn_comes_first_wherever_others_look_for_it(tmp_pat
     assert read(again, "generation_config.json") == read(folder, "generation_config.json")
 
 
+def test_a_base_without_generation_settings_gets_those_of_its_config(tmp_path):
+    """Else what generates would not know with which token a text begins."""
+    base = Base.pretrained(str(write_base(tmp_path / "base")))
+    files = [path for path in base.tokenizer.files if path.name != "generation_config.json"]
+    config_json = base.config_json | {"bos_token_id": 1}
+    export_model(Llama(base.config), tmp_path / "export", config_json, Companions(files, eos_ids=(2, 0)))
+    assert read(tmp_path / "export", "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2, 0]}
+
+
 @pytest.mark.parametrize("known, expected", [(0, 0), (None, 0), ([0], 0), (2, [0, 2]), ([2, 0, 1], [0, 2, 1])])
 def test_a_text_template_learns_the_tokenizers_own_end_which_every_list_then_holds(tmp_path, known, expected):
     """C12: config and tokenizer of the base may disagree."""
