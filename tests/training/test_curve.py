@@ -157,10 +157,10 @@ def test_a_picture_that_cannot_be_drawn_is_told_once_and_leaves_the_old_one_whol
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
-def folder_of_a_run(folder: Path, lines: list[dict]) -> Path:
+def folder_of_a_run(folder: Path, lines: list[dict], on_prompts: bool = False) -> Path:
     folder.mkdir()
     about = {"identity": {"model": "tiny", "data": "imdb", "bundled_sample": True}, "examples": {"answers": 2},
-             "settings": {"train_on_prompt": False}}
+             "settings": {"train_on_prompt": on_prompts}}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -185,6 +185,13 @@ def test_the_command_draws_a_run_that_still_trains_and_compares_several(tmp_path
     assert (tmp_path / "both.png").exists() and not (second / "loss.png").exists()
     done = command(tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run.json" in done.stderr
+
+
+@pytest.mark.parametrize("on_prompts", [False, True])
+def test_a_runs_folder_says_whether_chance_is_the_loss_of_its_answers(tmp_path, on_prompts):
+    """Not where the training loss is that of prompts, too."""
+    curve = read_curve(folder_of_a_run(tmp_path / "run", steps(3), on_prompts))
+    assert (curve.answers, curve.on_prompts, curve.chance_loss() is None) == (2, on_prompts, on_prompts)
 
 
 def test_a_folder_without_a_run_or_a_step_is_an_error_of_one_line(tmp_path):
