@@ -107,14 +107,14 @@ def test_digests_do_not_depend_on_the_number_of_ranks(ranks, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
 def test_one_flipped_bit_anywhere_or_a_cut_is_reported_with_the_files_name(tmp_path, name):
-    """R5: every byte in turn, and every length in steps; the older checkpoint is named, not silently used."""
-    older, path = published(saved(tmp_path, [1, 2]))
+    """R5: every byte in turn, and every length in steps; the one before it is named, not silently used."""
+    _, older, path = published(saved(tmp_path, [1, 2, 3]))
     content = (path / name).read_bytes()
     places = range(len(content)) if name == "manifest.json" else range(0, len(content), 7)
     for place in places:
         (path / name).write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:])
         message = problem(path)
-        assert str(path / name) in message and "damaged" in message and "--resume step-000001" in message, place
+        assert str(path / name) in message and "damaged" in message and "--resume step-000002" in message, place
     for length in range(0, len(content), 100):
         (path / name).write_bytes(content[:length])
         assert str(path / name) in problem(path), length

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import time
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ import fsdp_train
 from llama.boundary.durable import locked
 from llama.boundary.errors import UserError
 from llama.boundary.launch import Launch
+from llama.storage import checkpoint
 from llama.training import plan, stopping
 from llama.training.settings import TrainingSettings
 from llama.training.stopping import STOPPED, StopRequests
@@ -106,6 +108,25 @@ def signalled(cache: Path, chosen: TrainingSettings, number: int) -> tuple[int, 
         with pytest.raises(SystemExit) as stopped:
             train_here(cache, chosen)
     return stopped.value.code, printed.getvalue()
+
+
+def test_a_run_that_stops_first_ends_the_checkpoint_that_is_written_in_the_background(ranks, data, cache, tmp_path):
+    """R8: the process may end at once, and the thread with it."""
+    chosen = settings(data, tmp_path / "out", save_every=0, async_save=True)
+    assert ranks(2, saved_when_stopped, cache, chosen) == [[3]] * 2
+
+
+def saved_when_stopped(cache: Path, chosen: TrainingSettings) -> list[int]:
+    """Which checkpoints there are when a run has stopped, if each takes a while to be written."""
+
+    def late(*arguments):
+        time.sleep(0.5)
+        return write(*arguments)
+
+    write = checkpoint._write
+    with replaced(checkpoint, _write=late):
+        signalled(cache, chosen, signal.SIGTERM)
+        return saved_steps(Path(chosen.output))
 
 
 @pytest.fixture
