@@ -208,6 +208,15 @@ def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, re
     assert "accuracy" not in result["perplexity"] and abs(result["perplexity"]["loss"] - result["loss"]["loss"]) > 0.1
 
 
+def test_fields_that_no_prompt_uses_are_told_on_stderr(exported, tmp_path, monkeypatch, capsys):
+    """D20: stdout stays the result alone."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": "A fine film.", "label": 1, "stars": 5}) + "\n")
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--template", "imdb", "--data", data)
+    assert status == 0 and json.loads(out)["n"] == 1
+    assert err == "fields of the rows that are not used: 'stars'"
+
+
 def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     exported, reviews, tmp_path, monkeypatch, capsys
 ):

@@ -71,6 +71,13 @@ def test_the_mean_is_that_of_the_logarithm_around_each_step(count, reach):
     assert smoothed(spiky)[1][0] == pytest.approx(math.exp(2 * reach / (2 * reach + 1)))
 
 
+def test_a_mean_is_drawn_over_the_step_in_its_middle_and_accuracy_in_percent():
+    figure = figure_of([Curve("", CURVES["with accuracy"])])
+    (mean,) = [x for label, x in lines_of(figure.axes[0]).items() if "geometric mean" in label]
+    assert mean == list(range(3, 29))  # of 5 steps each
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [50, 75]
+
+
 def test_points_on_held_out_data_are_points_and_two_of_them_are_not_joined():
     """Nobody has measured what lies between; a dotted line may lead the eye from the third on."""
     for count, style in ((1, "None"), (2, "None"), (3, ":")):

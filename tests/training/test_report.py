@@ -7,12 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from runs import replaced
 from torch import nn
 
 from llama.boundary.errors import UserError
 from llama.data.templates import TEMPLATES
 from llama.storage.base import Base
 from llama.training import curve
+from llama.training import report as reports
 from llama.training.report import Report
 from llama.training.settings import TrainingSettings
 
@@ -103,3 +106,14 @@ def test_a_run_goes_on_without_a_picture(tmp_path, monkeypatch, capsys):
             report.step(step, 0.7, 1.0, 0.00025, COUNTS)
             report.held_out(step, {"loss": 0.5, "n": 4})
     assert capsys.readouterr().out.count(f"{tmp_path}/loss.png: not drawn (No module named 'matplotlib')") == 1
+
+
+def test_the_peak_memory_of_a_run_is_that_of_the_rank_that_needed_the_most(ranks, tmp_path):
+    """Not of all together: it says which GPU the run needs."""
+    assert ranks(2, told_peak, tmp_path) == [300, 300]
+
+
+def told_peak(folder: Path) -> int:
+    with replaced(reports, peak_memory=lambda device: (100, 300)[dist.get_rank()]):
+        begun(folder, rank=dist.get_rank()).finish("model", COUNTS, {}, {}, 1.0)
+    return json.loads((folder / "summary.json").read_text())["peak_memory_bytes"]
