@@ -195,9 +195,18 @@ def test_a_checkpoint_right_after_an_evaluation_holds_the_trained_shards(train, 
     train(size, settings(data, out, **common), 3)
     train(size, settings(data, out, resume="newest", **common))
     assert_equal_runs(out, whole, 3)
+    assert summary_of(out)["before"] == summary_of(whole)["before"] != {}  # measured by the first part
     weight = final_state(out)["embed_tokens.weight"]
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
     assert final_state(out)["embed_tokens.weight.exp_avg"].abs().sum() > 0
+
+
+def test_a_checkpoint_says_only_what_was_measured_after_its_own_step(train, data, tmp_path):
+    """Else the best one would be chosen by the loss of another."""
+    common = dict(batch_size=4, eval_every=2, save_every=1, keep_checkpoints=-1, max_steps=4)
+    train(1, settings(data, tmp_path / "out", **common))
+    found = published(tmp_path / "out" / "checkpoints")
+    assert [bool(read_manifest(path).held_out) for path in found] == [False, True, False, True]
 
 
 @slow
@@ -448,6 +457,18 @@ def stopped_by_nan(cache: Path, chosen: TrainingSettings) -> tuple[int, str]:
     with replaced(fsdp_train, learning_rate=poison):
         told = refused(cache, chosen)
     return updates[-1], told
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_although_its_loss_is(ranks, data, cache, tmp_path):
+    """R11: it would make every weight infinite or NaN."""
+    (told,) = ranks(1, stopped_by_infinite_gradient, cache, settings(data, tmp_path / "out"))
+    assert re.match(r"step 1: loss \d\S*, gradient norm inf: not finite, so the weights were left as they were", told)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def stopped_by_infinite_gradient(cache: Path, chosen: TrainingSettings) -> str:
+    with replaced(fsdp_train, gradient_norm=lambda model: torch.tensor(float("inf"))):
+        return refused(cache, chosen)
 
 
 def test_a_mistake_that_one_rank_alone_meets_ends_all_of_them(ranks, data, cache, tmp_path):

@@ -573,6 +573,16 @@ def test_the_command_writes_the_merged_weights_in_the_bases_dtype_unless_asked_o
             assert told == pytest.approx(100 * math.sqrt(lost / changed), abs=0.06)
 
 
+def test_a_merge_that_overflows_in_the_dtype_of_the_file_writes_nothing(ranks, folder, tmp_path, monkeypatch, capsys):
+    """It is finite in float32; a float16 ends at 65,504."""
+    ranks(1, write_adapter, folder, tmp_path / "adapter", Adapter(4, 1e9))
+    out = tmp_path / "merged"
+    flags = ["--model", folder, "--adapter", tmp_path / "adapter", "--output", out, "--dtype", "float16"]
+    status, (message,), _ = in_process(monkeypatch, capsys, *flags)
+    assert status == 2 and "a weight is not finite in float16, so nothing was written" in message
+    assert not out.exists()
+
+
 def merged_with_rounding(base: Path, adapter: Path) -> tuple[float, float]:
     """The part that bf16 and fp32 lose of an adapter, on all ranks."""
     parts = []

@@ -510,3 +510,22 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(tmp_path, monkeypatch
     assert status == 2 and expected in lines[0] and not Path("runs").exists(), err
     about_rows = " of 1 rows cannot be used; " in lines[-1] or " of 2 rows cannot be used; " in lines[-1]
     assert len(lines) == (2 if about_rows else 1), err
+
+
+class Hundred:
+    """Examples of 1 to 100 tokens, of which 3 were cut."""
+
+    lengths = np.arange(1, 101)
+    label_counts = np.ones(100, int)
+    was_cut = lengths > 97
+    bad_row_count = 0
+
+    def __len__(self):
+        return 100
+
+
+def test_a_summary_counts_what_was_cut_and_names_the_usual_lengths():
+    found = {"examples": 100, "tokens": 5050, "labels": 100, "truncated": 3, "mean": 50.5, "p50": 50.5, "max": 100}
+    assert data.statistics(Hundred()) == found | {"p95": pytest.approx(95.05)}
+    counts = data.DataSet(None, None, Hundred(), None, None).counts()
+    assert (counts["train"], counts["truncated"]) == (100, 3)

@@ -1,5 +1,6 @@
 """Which settings a resumed run may change: each is part of its identity, or free for a reason that is stated here."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -118,3 +119,12 @@ def test_ranks_and_micro_batches_may_change_if_the_global_batch_does_not(tmp_pat
 ])  # fmt: skip
 def test_what_is_free_changes_nothing_that_a_resume_compares(tmp_path, name, value):
     assert differing(tmp_path, {name: value}, {}) == set()
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "beta2"])
+def test_what_is_filled_in_for_each_kind_of_model_is_what_help_says(name):
+    """`--help` is the only place where a user reads these numbers before a run."""
+    said = {entry.name: entry.metadata["help"] for entry in fields(TrainingSettings)}[name].rpartition(";")[2]
+    kinds = ({"model": "base"}, {"model": "base", "lora_rank": 8}, {"model": "tiny"})
+    filled = {getattr(TrainingSettings(data="rows", **kind).with_recipe(1), name) for kind in kinds}
+    assert {float(number) for number in re.findall(r"\d[\d.]*(?:e-\d+)?", said)} == filled

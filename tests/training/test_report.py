@@ -16,6 +16,7 @@ from llama.data.templates import TEMPLATES
 from llama.storage.base import Base
 from llama.training import curve
 from llama.training import report as reports
+from llama.training.journal import read_metrics
 from llama.training.report import Report
 from llama.training.settings import TrainingSettings
 
@@ -106,6 +107,20 @@ def test_a_run_goes_on_without_a_picture(tmp_path, monkeypatch, capsys):
             report.step(step, 0.7, 1.0, 0.00025, COUNTS)
             report.held_out(step, {"loss": 0.5, "n": 4})
     assert capsys.readouterr().out.count(f"{tmp_path}/loss.png: not drawn (No module named 'matplotlib')") == 1
+
+
+def test_a_checkpoint_that_was_not_finished_is_told(tmp_path, capsys):
+    (tmp_path / "checkpoints/step-000007.tmp").mkdir(parents=True)
+    begun(tmp_path)
+    assert f"{tmp_path}/checkpoints/step-000007.tmp: was not finished, and is left out" in capsys.readouterr().out
+
+
+def test_every_nth_step_is_written_and_the_last_one(tmp_path):
+    report = begun(tmp_path, steps=5, log_every=2)
+    with report.progress_bar():
+        for step in range(1, 6):
+            report.step(step, 0.7, 1.0, 0.00025, COUNTS)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 5]
 
 
 def test_the_peak_memory_of_a_run_is_that_of_the_rank_that_needed_the_most(ranks, tmp_path):
