@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from reviews import BUNDLED, CONFIG, IMDB, example_by_example, plain_model, write_reviews
+from runs import replaced
+from sharded import this_process
 
 import evaluate
 from data import hold_out
@@ -206,6 +209,24 @@ def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, re
     assert result[None] == result["accuracy"] and "perplexity" not in result[None]
     assert "accuracy" not in result["loss"] and result["loss"]["loss"] == pytest.approx(result[None]["loss"], rel=1e-6)
     assert "accuracy" not in result["perplexity"] and abs(result["perplexity"]["loss"] - result["loss"]["loss"]) > 0.1
+
+
+def test_all_ranks_together_write_a_prediction_of_each_example(ranks, exported, reviews, cache, tmp_path):
+    for size in (1, 2):
+        ranks(size, predict_on_ranks, cache, exported, reviews, tmp_path / f"{size}.jsonl")
+    alone, together = ([json.loads(line) for line in (tmp_path / f"{size}.jsonl").read_text().splitlines()]
+                       for size in (1, 2))  # fmt: skip
+    assert [line["row"] for line in together] == [line["row"] for line in alone] == list(range(1, 24))
+    for line, expected in zip(together, alone, strict=True):
+        assert line["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
+
+
+def predict_on_ranks(cache: Path, model: Path, data: Path, predictions: Path) -> None:
+    os.environ["LLAMA_CACHE"] = str(cache)
+    flags = ["--model", model, "--template", "imdb", "--data", data, "--dtype", "float32", "--predictions", predictions]
+    with replaced(evaluate, join=lambda: nullcontext(this_process())):
+        with replaced(sys, argv=["evaluate.py", *map(str, flags)]), redirect_stdout(None):
+            evaluate.main()
 
 
 def test_fields_that_no_prompt_uses_are_told_on_stderr(exported, tmp_path, monkeypatch, capsys):

@@ -482,6 +482,17 @@ def refused_where_rank_1_has_no_data(cache: Path, chosen: TrainingSettings) -> s
     return refused(cache, replace(chosen, data="nowhere") if dist.get_rank() == 1 else chosen)
 
 
+def test_ranks_whose_settings_or_data_differ_do_not_start(ranks, data, cache, tmp_path):
+    """R10: or one would wait for ever for a step that the others do not take."""
+    for told in ranks(2, refused_where_ranks_differ, cache, settings(data, tmp_path / "out")):
+        assert told.startswith("ranks 0 and 1 do not agree: seed is 0 and 1; expected the same files and versions")
+    assert not (tmp_path / "out").exists()
+
+
+def refused_where_ranks_differ(cache: Path, chosen: TrainingSettings) -> str:
+    return refused(cache, replace(chosen, seed=dist.get_rank()))
+
+
 @slow
 def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(data, cache, tmp_path):
     """R9, C43: two launchers stand for two nodes; the second finds no data, and nobody waits for it to join."""

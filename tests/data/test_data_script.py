@@ -529,3 +529,10 @@ def test_a_summary_counts_what_was_cut_and_names_the_usual_lengths():
     assert data.statistics(Hundred()) == found | {"p95": pytest.approx(95.05)}
     counts = data.DataSet(None, None, Hundred(), None, None).counts()
     assert (counts["train"], counts["truncated"]) == (100, 3)
+
+
+def test_bad_rows_of_both_files_are_counted_and_those_of_a_file_that_was_split_once():
+    train, test = Hundred(), Hundred()
+    train.bad_row_count, test.bad_row_count = 1, 2
+    assert data.DataSet(None, None, train, test, held_out=None).bad_row_count == 3
+    assert data.DataSet(None, None, train, train, held_out={"fraction": 0.5}).bad_row_count == 1

@@ -128,3 +128,9 @@ def test_what_is_filled_in_for_each_kind_of_model_is_what_help_says(name):
     kinds = ({"model": "base"}, {"model": "base", "lora_rank": 8}, {"model": "tiny"})
     filled = {getattr(TrainingSettings(data="rows", **kind).with_recipe(1), name) for kind in kinds}
     assert {float(number) for number in re.findall(r"\d[\d.]*(?:e-\d+)?", said)} == filled
+
+
+@pytest.mark.parametrize("ranks, accumulated", [(1, 1), (2, 1), (1, 4), (2, 4), (8, 2)])
+def test_tiny_takes_64_examples_a_step_however_they_are_cut(ranks, accumulated):
+    chosen = TrainingSettings(data="imdb", gradient_accumulation_steps=accumulated).with_recipe(ranks)
+    assert ranks * accumulated * chosen.batch_size == 64

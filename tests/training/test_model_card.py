@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
 import lora
+from llama.data.sources import PUBLIC_DATASETS
+from llama.training.model_card import _hub_name
 from llama.training.settings import TrainingSettings
 
 REVIEWS = [{"text": ["weak", "strong"][i % 2], "label": i % 2} for i in range(16)]
@@ -124,3 +126,10 @@ def test_a_card_says_data_settings_and_result_and_no_path_of_this_machine(run, t
     assert "| `--learning_rate` | `0.003` |" in text and "| `--test_fraction` | `0.25` |" in text
     assert "secret place" not in text and str(output) not in text and "--seed" not in text
     assert "base_model" not in text and "datasets" not in text
+
+
+def test_a_card_names_the_data_set_of_the_hub_only_where_it_was_trained_on():
+    """The bundled sample of imdb is made up."""
+    assert _hub_name({"data": "imdb", "bundled_sample": False}) == PUBLIC_DATASETS["imdb"].repo
+    assert _hub_name({"data": "imdb", "bundled_sample": True}) is None
+    assert _hub_name({"data": "dolly:open_qa", "bundled_sample": False}) == PUBLIC_DATASETS["dolly"].repo

@@ -33,6 +33,7 @@ def begun(folder: Path, steps: int = 4, rank: int = 0, **changes) -> Report:
                            dtype=torch.float32, schedule=SimpleNamespace(imbalance=lambda ranks: 0.0))  # fmt: skip
     process = SimpleNamespace(is_rank_zero=rank == 0, world_size=1, device=torch.device("cpu"), store=None)
     report = Report(settings, plan, process)
+    folder.mkdir(exist_ok=True)
     report.begin(nn.Linear(3, 5), Base.tiny(), DATA)
     return report
 
@@ -107,6 +108,13 @@ def test_a_run_goes_on_without_a_picture(tmp_path, monkeypatch, capsys):
             report.step(step, 0.7, 1.0, 0.00025, COUNTS)
             report.held_out(step, {"loss": 0.5, "n": 4})
     assert capsys.readouterr().out.count(f"{tmp_path}/loss.png: not drawn (No module named 'matplotlib')") == 1
+
+
+def test_what_an_adapters_config_holds_and_is_not_used_is_told(tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "new_switch": True}))
+    begun(tmp_path / "run", model="base", adapter=str(tmp_path / "adapter"))
+    assert "adapter_config.json: not used: 'new_switch'" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_was_not_finished_is_told(tmp_path, capsys):
