@@ -45,7 +45,8 @@ def test_a_run_json_gives_its_flags_without_those_of_that_one_run(tmp_path):
     ({"learning-rate": 1e-4}, "'learning-rate' is no setting; did you mean learning_rate?"),
     ({"\x1b[1m\n": 1}, r"'\x1b[1m\n' is no setting; --help lists them"),
     ({"steps": 100}, "'steps' is no setting; "),
-    ({"config": "other.json"}, "'config' is no setting; "),
+    ({"config": "other.json"}, "'config' is no setting; a file cannot name another one"),
+    ({"settings": {"seed": 1}, "max_steps": 5, "epochs": 2}, 'epochs, max_steps beside "settings", where'),
     ({"settings": {"seed": 1, "global_batch": 64}}, "'global_batch' is no setting; "),
     ({"settings": 3}, "'settings' is no setting; "),
     ({"seed": "3"}, "seed is '3', expected a whole number, 0 or more"),
@@ -66,6 +67,15 @@ def test_what_is_no_setting_or_out_of_range_is_one_line_that_names_file_and_key(
     assert str(error.value).startswith(f"{path}: ") and told in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="gone.json"):
         flags_from(tmp_path / "gone.json", TrainingSettings)
+
+
+@pytest.mark.parametrize("name", ["", "runs"])
+def test_a_folder_or_an_empty_name_is_no_config_file(tmp_path, monkeypatch, name):
+    """--config "$FILE" with a variable that is not set would otherwise train with the defaults."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="is a folder, expected a JSON file, such as the run.json in a run's folder"):
+        parse(TrainingSettings, ["--config", name])
 
 
 def test_settings_of_a_file_that_contradict_each_other_or_a_flag_are_refused(tmp_path):
