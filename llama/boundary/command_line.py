@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = [self._with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
-        self.unknown = [word for word in words if word.startswith("--") and not self._knows(word.partition("=")[0])]
+        looks_like_a_flag = re.compile(r"[-\u2013\u2014]+[A-Za-z]")  # also with the dashes of a word processor
+        self.unknown = [w for w in words if looks_like_a_flag.match(w) and not self._knows(w.partition("=")[0])]
         known, others = super().parse_known_args(words, namespace)
         if others:
             self.error(f"unrecognized arguments: {' '.join(others)}")
@@ -58,14 +59,22 @@ class Parser(argparse.ArgumentParser):
         if choice:
             close = get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
         elif self.unknown and "unrecognized" in message:
-            close = get_close_matches(underscored(self.unknown[0].partition("=")[0]), self._option_string_actions, n=1)
-        hint = f". Did you mean {close[0]}?" if close else ""
+            close = probably_meant(self.unknown[0].partition("=")[0], self._option_string_actions)
+        hint = f". Did you mean {' or '.join(close)}?" if close else ""
         raise UserError(f"{self.prog}: {message:.1000}{hint}")
 
 
 def underscored(flag: str) -> str:
     """--learning-rate -> --learning_rate; a word that is no flag stays as it is."""
     return f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
+
+
+def probably_meant(word: str, flags: Iterable[str]) -> list[str]:
+    """The flags that have these initials, as --bs is --batch_size; or else the one that is spelt most alike."""
+    names = {flag.strip("-"): flag for flag in flags}
+    word = word.strip("-\u2013\u2014").replace("-", "_")
+    of_initials = [flag for name, flag in names.items() if "".join(part[:1] for part in name.split("_")) == word]
+    return of_initials or [names[name] for name in get_close_matches(word, names, n=1)]
 
 
 def parse(settings: type[OfScript], argv: Sequence[str] | None = None, description: str | None = None) -> OfScript:
@@ -83,7 +92,7 @@ def parse(settings: type[OfScript], argv: Sequence[str] | None = None, descripti
         for name in names:
             _add_flag(group, entries.pop(name))
     found = parser.parse_args(argv)
-    if getattr(found, "config", None):  # the flags of a file, where the command line does not say otherwise
+    if getattr(found, "config", None) is not None:  # the flags of a file, where the command line does not say otherwise
         parser.set_defaults(**flags_from(Path(found.config), settings))
         found = parser.parse_args(argv)
     return settings(**vars(found))

@@ -50,6 +50,20 @@ def test_flags_become_a_typed_dataclass():
     assert [type(value) for value in dataclasses.astuple(given)] == [str, int, float, str, bool]
 
 
+@pytest.mark.parametrize("word, meant", [
+    ("--lr", "--lora_rank or --learning_rate"),
+    ("--bs=4", "--batch_size"),
+    ("--wd", "--weight_decay"),
+    ("--max-len", "--max_length"),
+    ("-resume", "--resume"),
+    ("--no_async_save", "--async_save"),
+])  # fmt: skip
+def test_initials_and_other_dashes_still_name_the_flag_that_was_meant(word, meant):
+    with pytest.raises(UserError) as error:
+        parse(TrainingSettings, [word])
+    assert str(error.value).endswith(f"unrecognized arguments: {word}. Did you mean {meant}?")
+
+
 @pytest.mark.parametrize("arguments, flag", [
     (["--model", "m", "--colour", "red"], "unrecognized arguments: --colour red"),
     (["--model", "m", "--step", "3"], "--step"),
@@ -58,6 +72,8 @@ def test_flags_become_a_typed_dataclass():
     (["--model", "m", "--stepps=3"], "unrecognized arguments: --stepps=3. Did you mean --steps?"),
     (["--modle", "m", "--steps", "3"], "unrecognized arguments: --modle. Did you mean --model?"),
     (["--modle=m"], "unrecognized arguments: --modle=m. Did you mean --model?"),
+    (["-model", "m"], "unrecognized arguments: -model. Did you mean --model?"),
+    (["--model", "m", "\u2014stepps", "3"], "unrecognized arguments: \u2014stepps 3. Did you mean --steps?"),
     (["--model", "m", "--side", "rihgt"], "(choose from 'left', 'right'). Did you mean right?"),
     (["--model", "m", "stray"], "stray"),
     (["--model", "m", "--side", "up"], "--side: invalid choice: 'up'"),
