@@ -13,7 +13,8 @@ from llama.data.chat import LAYOUTS
 from llama.data.rows import KINDS, READERS
 from llama.data.templates import TEMPLATES
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ROOT, LLAMA = Path(__file__).parents[2], Path(__file__).parents[1]
+ASSETS = ROOT / "assets" if (ROOT / "fsdp_train.py").exists() else LLAMA / "assets"  # the clone, or as pip installs it
 TINY_TOKENIZER = ASSETS / "tiny"  # of the built-in model
 SAMPLE = ASSETS / "imdb_sample"
 BUNDLED_SAMPLE = "DATA: the bundled sample of made-up reviews, NOT the real IMDB; give --data_dir for that"
