@@ -70,7 +70,8 @@ def test_ctrl_c_is_one_line_wherever_it_comes(tmp_path):
     """Also while a script imports torch: after its flags were read, before its main function is called."""
     for program in ("run(lambda: None); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
                     "run(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))"):
-        text = f"import os, signal, time; from llama.boundary.command_line import run; {program}"
+        listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job in the background ignores it
+        text = f"import os, signal, time; {listen}; from llama.boundary.command_line import run; {program}"
         ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
