@@ -36,7 +36,7 @@ def main() -> None:
     asked = parse_command(__doc__)
     found = published(asked.run / "checkpoints")
     if not found:
-        raise UserError(f"{asked.run}: has no checkpoint")
+        raise UserError(f"{asked.run}: has no checkpoint, expected the folder of a run, such as runs/imdb-tiny")
     if asked.command == "list":
         print(listing(asked.run))
     elif asked.command == "verify":

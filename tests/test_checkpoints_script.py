@@ -88,7 +88,7 @@ def test_the_commands_mistakes_are_one_line(tmp_path, call):
     """C4: where, what was found, what was expected."""
     save_run(tmp_path, [1])
     for words, expected in (
-        (["list", tmp_path / "absent"], "absent: has no checkpoint"),
+        (["list", tmp_path / "absent"], "absent: has no checkpoint, expected the folder of a run"),
         (["frob", tmp_path], "invalid choice: 'frob'"),
         ([], "required: command"),
         (["verify", tmp_path, "--step", "step-9"], "has no checkpoint 'step-9'"),
@@ -105,7 +105,8 @@ def test_as_a_process_a_mistake_ends_with_status_2(tmp_path):
     """C4: one line on stderr, nothing on stdout."""
     words = [sys.executable, Path(checkpoints.__file__), "list", tmp_path / "absent"]
     done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{tmp_path}/absent: has no checkpoint\n")
+    told = f"{tmp_path}/absent: has no checkpoint, expected the folder of a run, such as runs/imdb-tiny\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 def test_a_checkpoint_exports_the_model_as_it_was_at_its_step(tmp_path, call):

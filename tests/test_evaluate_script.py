@@ -313,6 +313,8 @@ MISTAKES = {
                                      "--test_fraction", "0.1"], "--test_fraction 0.1: expected a data set without"),
     "nothing held out": (["--data", "{parts}", "--test_fraction", "0", "--split", "test"], "--split test: "),
     "empty file": (["--data", "{empty}"], "empty.jsonl: no rows"),
+    "predictions nowhere": (["--predictions", ""], "--predictions : expected the name of a file"),
+    "metrics nowhere": (["--output", ""], "--output : expected the name of a file"),
     "nothing to predict": (["--metric", "perplexity", "--predictions", "p.jsonl"], "--predictions p.jsonl"),
     "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
     "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),

@@ -48,6 +48,8 @@ class EvaluationSettings(DataSettings):
         return [
             *super().checks(),
             ("adapter", "a folder", self.adapter != ""),
+            ("output", "the name of a file", self.output != ""),
+            ("predictions", "the name of a file", self.predictions != ""),
             ("predictions", "another file than --output", not asked or asked != self.output),
             # Without answer words nothing is predicted, and the file would be empty.
             ("predictions", "--metric accuracy with it", not asked or self.metric in (None, "accuracy")),
