@@ -16,7 +16,7 @@ from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError, printable
 from llama.boundary.progress import Progress, say
 from llama.model.quantize import bytes_per_weight
-from llama.parallel.collectives import fail_together
+from llama.parallel.collectives import fail_together, from_rank_zero
 from llama.parallel.processes import Process
 from llama.storage.base import Base
 from llama.storage.checkpoint import set_aside
@@ -57,13 +57,14 @@ class Report:
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
-        """Show how many steps are done. If the run stops before its last step, draw the curve up to there."""
+        """Show how many steps are done. If the run stops before its last step, draw the curve up to there.
+        Collective."""
         first, steps, silent = self.plan.first_step, self.plan.steps, not self.process.is_rank_zero
         with Progress("training", "steps", steps, first, silent, is_main=True) as self.progress:
             try:
                 yield
-            except (UserError, SystemExit):
-                self._show(is_last=True)
+            except (UserError, SystemExit):  # on all ranks, which wait: torchrun ends rank 0 once another has ended
+                from_rank_zero(lambda: self._show(is_last=True))
                 raise
 
     def _show(self, is_last: bool = False) -> None:

@@ -32,7 +32,7 @@ from llama.boundary.durable import locked
 from llama.boundary.errors import UserError
 from llama.boundary.launch import Launch
 from llama.storage import checkpoint
-from llama.training import plan, stopping
+from llama.training import curve, plan, stopping
 from llama.training.settings import TrainingSettings
 from llama.training.stopping import STOPPED, StopRequests
 
@@ -79,11 +79,12 @@ def uninterrupted(ranks, data, cache, tmp_path_factory) -> Path:
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_resumed_run_equals_the_uninterrupted(
     ranks, data, cache, uninterrupted, tmp_path, number
 ):
-    """R8, C48, C49: rank 1 gets it in the middle of step 3; both save after that step and end with status 75."""
+    """R8, C48, C49: rank 1 gets it in the middle of step 3; both save after that step and end with status 75. Rank 1 waits
+    until rank 0 has drawn: torchrun would end rank 0."""
     out = tmp_path / "out"
     chosen = partial(settings, data, out)
-    (status, told), other = ranks(2, signalled, cache, chosen(), number)
-    assert status == STOPPED and other == (STOPPED, "")
+    (status, told, _), other = ranks(2, signalled, cache, chosen(), number)
+    assert status == STOPPED and other == (STOPPED, "", True)
     assert told.splitlines()[-1] == (f"{number.name}: saved and stopped after step 3 of {STEPS}; continue with "
                                      f"--resume --output {out}")
     assert saved_steps(out) == [2, 3] and steps_of(out)[-1]["step"] == 3 and not (out / "model").exists()
@@ -91,8 +92,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_resumed_run_equal
     assert_equal_runs(out, uninterrupted, STEPS)
 
 
-def signalled(cache: Path, chosen: TrainingSettings, number: int) -> tuple[int, str]:
-    """The exit status of a run in which rank 1 gets a signal in its third step, and what it printed."""
+def signalled(cache: Path, chosen: TrainingSettings, number: int) -> tuple[int, str, bool]:
+    """The exit status of a run in which rank 1 gets a signal in its third step, what it printed, and whether the curve
+    was drawn by then."""
     real = fsdp_train.gradient_norm
 
     def gradient_norm(model):
@@ -101,13 +103,17 @@ def signalled(cache: Path, chosen: TrainingSettings, number: int) -> tuple[int, 
             os.kill(os.getpid(), number)
         return real(model)
 
+    def draw_slowly(_, path: Path):
+        time.sleep(0.5)
+        path.touch()
+
     signals = []
     printed = io.StringIO()
     signal.signal(number, signal.SIG_DFL)  # workers of tests ignore Ctrl-C
-    with replaced(fsdp_train, gradient_norm=gradient_norm), redirect_stdout(printed):
+    with replaced(fsdp_train, gradient_norm=gradient_norm), replaced(curve, draw=draw_slowly), redirect_stdout(printed):
         with pytest.raises(SystemExit) as stopped:
-            train_here(cache, chosen)
-    return stopped.value.code, printed.getvalue()
+            train_here(cache, chosen, draw=True)
+    return stopped.value.code, printed.getvalue(), (Path(chosen.output) / "loss.png").exists()
 
 
 def test_a_run_that_stops_first_ends_the_checkpoint_that_is_written_in_the_background(ranks, data, cache, tmp_path):
