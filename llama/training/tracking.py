@@ -86,7 +86,7 @@ class Tracker:
             self.passed_on = {_mark(line) for line in kept}
         try:
             self.target = start(kind, folder, settings, first_step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not first_step:
                 raise UserError(f"--track {kind}: does not start ({one_line(error)}); leave --track out") from None
             complain(f"--track {kind}: does not start, the run goes on without it ({one_line(error)})")
@@ -109,7 +109,7 @@ class Tracker:
             return
         try:
             action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # SystemExit: a package may think that it is the program
             self.target = None
             self.complain(f"--track {self.kind}: failed, the run goes on without it ({one_line(error)})")
 

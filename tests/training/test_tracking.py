@@ -20,7 +20,7 @@ class Fake:
     """Stands for a tracker's package: what a run calls it with."""
 
     def __init__(self):
-        self.started, self.logged, self.finished, self.broken = [], [], 0, False
+        self.started, self.logged, self.finished, self.broken = [], [], 0, None
 
     def start(self, *arguments, **named) -> "Fake":
         self.started.append((*arguments, named))
@@ -28,7 +28,7 @@ class Fake:
 
     def log(self, values: dict, step: int) -> None:
         if self.broken:
-            raise ConnectionError("no route to host")
+            raise self.broken("no route to host")
         self.logged.append((step, values))
 
     def finish(self) -> None:
@@ -124,11 +124,12 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypa
     assert TrainingSettings().track == "none"
 
 
-def test_a_tracker_that_does_not_start_stops_a_new_run_and_no_resumed_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [PermissionError, SystemExit])
+def test_a_tracker_that_does_not_start_stops_a_new_run_and_no_resumed_one(tmp_path, monkeypatch, kind):
     fake, told = install(monkeypatch, "wandb"), []
 
     def start(**_):
-        raise PermissionError("not logged in\nsecond line")
+        raise kind("not logged in\nsecond line")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", start)
     with pytest.raises(UserError, match=r"^--track wandb: does not start \(not logged in second line\)"):
@@ -139,11 +140,12 @@ def test_a_tracker_that_does_not_start_stops_a_new_run_and_no_resumed_one(tmp_pa
     assert len(told) == 1 and "the run goes on without it" in told[0] and not fake.logged
 
 
-def test_a_tracker_that_fails_later_is_told_once_and_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [ConnectionError, SystemExit])
+def test_a_tracker_that_fails_later_is_told_once_and_left_alone(tmp_path, monkeypatch, kind):
     fake, told = install(monkeypatch, "trackio"), []
     tracker = Tracker("trackio", tmp_path, {}, 0, [], told.append)
     tracker.log(LINES[0])
-    fake.broken = True
+    fake.broken = kind
     for line in LINES[1:]:
         tracker.log(line)
     tracker.finish()
