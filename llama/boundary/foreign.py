@@ -23,13 +23,13 @@ OTHER_FORMATS = {
     "consolidated*.pth": "weights in Meta's format, take the model's Hugging Face folder, or convert it with "
     "transformers' convert_llama_weights_to_hf.py",
     "*.gguf": "a file of llama.cpp, take the Hugging Face folder that it was made from",
+}
+OF_RUNS = {
     "run.json": "the record of a run, give its model/ as --model, or its adapter/ as --adapter beside its base",
+    "manifest.json": "a checkpoint's, write a model or adapter from it: python checkpoints.py export RUN OUT "
+    "--step step-N",
 }
-NO_MODEL = {
-    "adapter_config.json": "an adapter, give its base's folder as --model and this one as --adapter",
-    "run.json": "a run's: the model that it has left is in the folder model/ in it, or its adapter in adapter/",
-    "manifest.json": "a checkpoint's, write a model from it: python checkpoints.py export RUN OUT --step step-N",
-}
+ADAPTER = {"adapter_config.json": "an adapter, give its base's folder as --model and this one as --adapter"}
 
 
 def refuse_foreign_file(path: Path, is_binary: bool = False) -> None:
@@ -57,7 +57,7 @@ def refuse_foreign_content(where: str | Path, content: bytes) -> None:
 
 def described_folder(folder: Path, stem: str = "model") -> str:
     """What a folder has in place of `stem`.safetensors, and the way out, as the rest of a sentence; "" if nothing."""
-    formats = OTHER_FORMATS | NO_MODEL if stem == "model" else OTHER_FORMATS
+    formats = OTHER_FORMATS | OF_RUNS | (ADAPTER if stem == "model" else {})
     for pattern, description in formats.items():
         found = sorted(folder.glob(pattern.format(stem=stem)))
         if found:

@@ -346,7 +346,6 @@ def test_an_adapter_that_changed_its_base_is_refused_until_peft_has_converted_it
     assert_near(ranks(1, read_back, bases["odd"], tmp_path / "converted")[0]["logits"], expected)
 
 
-
 @pytest.mark.parametrize("content", [
     None, b"", b"{", b"[]", b"[1]", b"7", b"null", b'"text"', b"\xff\xfe", b"{}", b'{"r": 8}',
     b'{"r": 8, "lora_alpha": 16}', b'{"r": 8, "target_modules": ["q_proj"]}', b"[" * 100_000,

@@ -79,8 +79,8 @@ def uninterrupted(ranks, data, cache, tmp_path_factory) -> Path:
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_resumed_run_equals_the_uninterrupted(
     ranks, data, cache, uninterrupted, tmp_path, number
 ):
-    """R8, C48, C49: rank 1 gets it in the middle of step 3; both save after that step and end with status 75. Rank 1 waits
-    until rank 0 has drawn: torchrun would end rank 0."""
+    """R8, C48, C49: rank 1 gets it in the middle of step 3; both save after that step and end with status 75. Rank 1
+    waits until rank 0 has drawn: torchrun would end rank 0."""
     out = tmp_path / "out"
     chosen = partial(settings, data, out)
     (status, told, _), other = ranks(2, signalled, cache, chosen(), number)
