@@ -73,7 +73,11 @@ def probably_meant(word: str, flags: Iterable[str]) -> list[str]:
     """The flags that have these initials, as --bs is --batch_size; or else the one that is spelt most alike."""
     names = {flag.strip("-"): flag for flag in flags}
     word = word.strip("-\u2013\u2014").replace("-", "_")
-    of_initials = [flag for name, flag in names.items() if "".join(part[:1] for part in name.split("_")) == word]
+    of_initials = []
+    for name, flag in names.items():
+        initials = "".join(part[:1] for part in name.split("_"))
+        if initials == word:
+            of_initials.append(flag)
     return of_initials or [names[name] for name in get_close_matches(word, names, n=1)]
 
 
