@@ -338,7 +338,9 @@ def test_a_missing_file_and_a_folder_in_its_place_are_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=f"^{folder}: has no config.json, expected a Hugging Face model folder$"):
         Base.pretrained(str(folder))
-    ways_out = {"run.json": "give its model/ as --model, or its adapter/", "manifest.json": "checkpoints.py export RUN OUT"}
+    ways_out = {
+        "run.json": "give its model/ as --model, or its adapter/", "manifest.json": "checkpoints.py export RUN OUT",
+    }  # fmt: skip
     for name, way_out in ways_out.items():
         (folder / name).write_text("{}")
         with pytest.raises(UserError, match=f"has no config.json, .*; it has '{name}', .*{way_out}"):
