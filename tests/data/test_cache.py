@@ -369,7 +369,7 @@ from llama.data.examples import encode_file
 from llama.data.templates import TEMPLATES
 
 class Words:
-    bos_id, eos_id, files = 1, 2, ()
+    bos_id, eos_id, files, spelled = 1, 2, (), ()
 
     def encode_batch(self, texts, starts_text=True):
         return [[len(word) for word in text.split()] for text in texts]

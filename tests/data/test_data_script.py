@@ -251,7 +251,7 @@ def test_a_named_template_goes_before_what_the_data_would_have(tmp_path, tokeniz
 @pytest.mark.slow
 def test_the_layout_of_a_chat_is_that_of_the_tokenizer(assets, tmp_path):
     """C19: chatml, where it has those control tokens."""
-    source = Source("chat", {"train": write_rows(tmp_path / "rows.jsonl", [ROWS["chat"]])})
+    source = Source("chat", {"train": (write_rows(tmp_path / "rows.jsonl", [ROWS["chat"]]),)})
     names = {"smollm2-135m-instruct-q4": "chatml", "llama3-tokenizer": "llama3", "llama2-tokenizer": "llama2"}
     for folder, layout in names.items():
         assert find_template(None, source, loaded(assets / folder)).name == layout
