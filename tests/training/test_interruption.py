@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import time
 from contextlib import ExitStack, redirect_stdout
@@ -272,12 +273,15 @@ def test_signals_mean_what_they_meant_before_once_the_steps_are_over():
 ], ids=["a flag", "before the ranks join", "after the ranks have joined"])  # fmt: skip
 @slow
 def test_a_mistake_under_torchrun_is_said_once_and_ends_torchruns_report(tmp_path, data, cache, wrong, told):
-    """R9: by one rank, without a traceback of ours, and every rank ends with status 2."""
+    """R9: by one rank, without a traceback of ours, and every rank ends with status 2. (Or by torchrun's signal, if it
+    comes before that rank has read its flags.)"""
     with Torchrun(tmp_path, cache, *arguments(data, tmp_path / "out"), *wrong) as run:
         status, log = run.end()
     lines = [line for line in log.splitlines() if told in line]
     assert status != 0 and len(lines) == 2 and lines[1].startswith("  traceback : "), log[-3000:]
-    assert log.count("exitcode  : 2") == 2 and log.count("Traceback") == 1  # torchrun's own, of its ChildFailedError
+    statuses = re.findall(r"exitcode  : (-?\d+)", log)
+    assert len(statuses) == 2 and "2" in statuses and set(statuses) <= {"2", "-15"}
+    assert log.count("Traceback") == 1  # torchrun's own, of its ChildFailedError
     assert "line" not in log.split("Traceback")[0]
 
 
