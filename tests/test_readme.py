@@ -97,6 +97,7 @@ def test_the_tables_hold_commands():
     assert len(TABLE_COMMANDS) == 5
 
 
+@pytest.mark.slow
 def test_the_first_command_leaves_what_the_readme_says(trained):
     table = README.split("## What a run leaves")[1].split("##")[0]
     promised = re.findall(r"^\| `(.*)` \|", table, re.MULTILINE)
@@ -107,6 +108,7 @@ def test_the_first_command_leaves_what_the_readme_says(trained):
     assert json.loads((trained / "summary.json").read_text())["bundled_sample"] is True
 
 
+@pytest.mark.slow
 def test_the_commands_that_ask_write_and_show_the_answer(trained, clone):
     [commands] = [c for c in COMMANDS if "--predictions" in c]
     asked = subprocess.run(["bash", "-c", commands], cwd=clone, env=environment(clone), text=True, capture_output=True)
@@ -115,6 +117,7 @@ def test_the_commands_that_ask_write_and_show_the_answer(trained, clone):
     assert "anything but dull" in answer["prompt"] and "--template imdb" in asked.stderr
 
 
+@pytest.mark.slow
 def test_the_command_that_draws_a_run_writes_its_picture(trained, clone):
     [command] = [c for c in COMMANDS if "llama.training.curve" in c]
     (trained / "loss.png").unlink()
@@ -122,6 +125,7 @@ def test_the_command_that_draws_a_run_writes_its_picture(trained, clone):
     assert (trained / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_the_evaluation_command_prints_the_accuracy(trained, clone):
     [command] = [c for c in COMMANDS if "evaluate.py" in c and "--predictions" not in c]
     result = json.loads(re.search(r"^\{.*^\}", run(command, clone), re.DOTALL | re.MULTILINE)[0])
@@ -138,6 +142,7 @@ def test_the_resume_command_continues_the_run(trained, clone):
     assert "finished already" in run(command, clone)
 
 
+@pytest.mark.slow
 def test_the_listing_command_shows_the_checkpoints(trained, clone):
     [command] = [c for c in COMMANDS if "checkpoints.py" in c]
     told = run(command, clone)
