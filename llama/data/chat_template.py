@@ -18,8 +18,9 @@ from llama.boundary.untrusted import LARGEST_TEXT, read_json, read_text
 from llama.data.conversation import Turn
 from llama.data.encoding import encode_rows
 from llama.data.layouts import LAYOUTS
-from llama.data.templates import END
+from llama.data.templates import END, Segment
 from llama.data.tokenizer import Tokenizer
+from llama.data.tokenizer_folder import read_if_there
 
 # Limits of the process that renders. An ordinary template takes milliseconds and some MB.
 SECONDS = 5  # of its CPU; of the clock ten times as much, because a busy disk may be slow to start it
@@ -213,9 +214,14 @@ def _listed_templates(where: Path, listed: Any) -> dict[str, str]:
 
 def prompt_text(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str:
     """What is trained as the prompt of the next answer, with its control tokens by name."""
+    return spelled_out(_prompt(layout, turns), tokenizer)
+
+
+def spelled_out(segments: Sequence[Segment], tokenizer: Tokenizer) -> str:
+    """The text of segments, with BOS, the end token and all other control tokens by name."""
     bos = None if tokenizer.bos_id is None else tokenizer.control_name(tokenizer.bos_id)
     text = ""
-    for number, segment in enumerate(_prompt(layout, turns)):
+    for number, segment in enumerate(segments):
         if bos and (number == 0 or segment.starts_text):
             text += bos
         is_end = segment.control and segment.text == END
@@ -231,7 +237,7 @@ def prompt_ids(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> list
     return encoded.ids
 
 
-def _prompt(layout: str, turns: Sequence[Turn]) -> list:
+def _prompt(layout: str, turns: Sequence[Turn]) -> list[Segment]:
     asked = [turn._replace(learned=False) for turn in turns]
     segments = []
     for segment in LAYOUTS[layout]([*asked, Turn("assistant", "x", learned=True)]):
@@ -246,8 +252,7 @@ def _folder(tokenizer: Tokenizer) -> Path:
 
 
 def _settings(tokenizer: Tokenizer, name: str) -> dict:
-    folder = _folder(tokenizer)
-    return read_json(folder, name) if os.path.lexists(folder / name) else {}
+    return read_if_there(_folder(tokenizer), name)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

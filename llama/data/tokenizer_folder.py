@@ -92,15 +92,15 @@ def read_folder(
 
 def read_settings(folder: Path) -> dict:
     """tokenizer_config.json. Where that declares no tokens, special_tokens_map.json wins, as in transformers."""
-    settings = _read_if_there(folder, "tokenizer_config.json")
+    settings = read_if_there(folder, "tokenizer_config.json")
     if settings.get("added_tokens_decoder") is None:
-        settings |= _read_if_there(folder, "special_tokens_map.json")
+        settings |= read_if_there(folder, "special_tokens_map.json")
     return settings
 
 
 def _read_tokens(file: Path, folder: Path, settings: dict, own: Sequence[AddedToken]) -> dict[str, AddedToken]:
     """{text: added token} from the tokenizer's own file and the two places beside it. tokenizer_config.json wins."""
-    more = _read_if_there(folder, "added_tokens.json")
+    more = read_if_there(folder, "added_tokens.json")
     declared = settings.get("added_tokens_decoder") or {}
     listed = [AddedToken(text, id, normalized=True) for text, id in more.items()]
     listed += own
@@ -174,7 +174,7 @@ def _end_token(file: Path, settings: dict, ids: dict[str, int], eos_id: int | No
 
 
 def _eos_ids(folder: Path, name: str) -> list[int]:
-    found = _read_if_there(folder, name).get("eos_token_id")
+    found = read_if_there(folder, name).get("eos_token_id")
     if found is None:
         return []
     ids = found if isinstance(found, list) else [found]
@@ -205,7 +205,7 @@ def _unused(folder: Path, settings: dict, ids: dict[str, int], named: list[str])
     if settings.get("add_eos_token"):
         notes.append(f"{folder}: add_eos_token is not used: a template says where the end token comes")
     if settings.get("added_tokens_decoder") is not None:
-        for key, value in _read_if_there(folder, "special_tokens_map.json").items():
+        for key, value in read_if_there(folder, "special_tokens_map.json").items():
             if key.endswith("_token") and text_of(value) != text_of(settings.get(key)):
                 found = f"special_tokens_map.json has {key!r:.60} {text_of(value)!r:.60}"
                 notes.append(f"{folder}: {found}, which is not used: tokenizer_config.json declares the tokens")
@@ -229,5 +229,6 @@ def _files(file: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(files))
 
 
-def _read_if_there(folder: Path, name: str) -> dict:
+def read_if_there(folder: Path, name: str) -> dict:
+    """The object in a JSON file of the folder; {} where there is no such file."""
     return read_json(folder, name) if os.path.lexists(folder / name) else {}

@@ -12,8 +12,9 @@ from pathlib import Path
 from llama.boundary.errors import as_user_error, printable
 from llama.boundary.untrusted import read_json, read_text
 from llama.data.chat import Renderer
+from llama.data.chat_template import spelled_out
 from llama.data.sources import PUBLIC_DATASETS, DataSettings
-from llama.data.templates import END, Template
+from llama.data.templates import Template
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.score import answer_ids
 from llama.storage.base import Base
@@ -122,14 +123,8 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
         about |= {"chat_template": None, "end_of_turn": tokenizer.eos_id}
         return about | {"example": template.source, "prompt": "".join(texts)}
     segments, _ = template.render({"messages": SAMPLE_CHAT}, "the model card")
-    bos = "" if tokenizer.bos_id is None else tokenizer.control_name(tokenizer.bos_id) or ""
-    eos = tokenizer.control_name(tokenizer.eos_id) or ""
-    example = ""
-    for i, segment in enumerate(segments):
-        example += bos if i == 0 or segment.starts_text else ""
-        example += eos if segment.control and segment.text == END else segment.text
     about |= {"chat_template": template.chat_template(tokenizer), "end_of_turn": template.end_of_turn(tokenizer)}
-    return about | {"example": example, "prompt": None}
+    return about | {"example": spelled_out(segments, tokenizer), "prompt": None}
 
 
 def _card(base: Base, is_adapter: bool, title: str, sections: dict[str, str], dataset: str | None = None) -> str:
