@@ -43,3 +43,12 @@ def smollm2(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     subprocess.run([sys.executable, script, folder, "--dtype", "bfloat16"], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """The cache of encoded data for one file of tests, which names it or uses it in its `pytestmark`."""
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("llama-cache")
+        patched.setenv("LLAMA_CACHE", str(folder))
+        yield folder

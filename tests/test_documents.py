@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from fresh_copy import copy_of_the_project
 from packaging.requirements import Requirement
 
 import llama
@@ -65,14 +66,7 @@ def test_the_newest_version_in_the_changelog_is_this_one():
 @pytest.mark.slow
 def test_the_installed_library_opens_the_tiny_model_without_the_clone(tmp_path):
     build = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    copy = tmp_path / "clone"
-    copy.mkdir()
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, text=True,
-                           stdout=subprocess.PIPE).stdout.splitlines()
-    for name in names:
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
+    copy = copy_of_the_project(tmp_path / "clone")
     subprocess.run([*build, "--target", str(tmp_path / "site"), str(copy)], check=True)
     program = "from llama.storage.base import Base; print(Base.open('tiny').tokenizer.encode('A dull film.'))"
     found = []

@@ -29,16 +29,10 @@ from llama.storage.companions import Companions
 from llama.storage.peft import Adapter, save_adapter
 from lora import adapted, apply_adapter, initialize_adapter
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ROOT = Path(evaluate.__file__).parent
 WORDS = ["negative", "positive"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        folder = tmp_path_factory.mktemp("llama-cache")
-        patched.setenv("LLAMA_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")

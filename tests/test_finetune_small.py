@@ -40,6 +40,8 @@ from llama.training.optim import build_adamw
 from llama.training.settings import TrainingSettings
 from lora import Changes
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
                      initializer_range=0.1)
@@ -65,14 +67,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_reviews(tmp_path_factory.mktemp("data") / "data")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        folder = tmp_path_factory.mktemp("llama-cache")
-        patched.setenv("LLAMA_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ from llama.storage.manifest import published, read_manifest
 from llama.training.journal import Journal
 from llama.training.settings import TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 STEPS = 6  # of 12 examples, twice, 4 a step
 
 
@@ -73,14 +75,6 @@ def settings(data: Path, output: Path, **changes) -> TrainingSettings:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_reviews(tmp_path_factory.mktemp("data") / "data")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        folder = tmp_path_factory.mktemp("llama-cache")
-        patched.setenv("LLAMA_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh_copy import copy_of_the_project
 
 from llama.boundary.command_line import parse
 from llama.storage.settings import MergeSettings
@@ -25,15 +25,7 @@ TRAINER = [command for command in COMMANDS if "fsdp_train.py" in command]
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """The files git knows, or would, elsewhere."""
-    out = tmp_path_factory.mktemp("clone")
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, text=True,
-                           stdout=subprocess.PIPE).stdout.splitlines()
-    for name in names:
-        if (ROOT / name).is_file():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, out / name)
-    return out
+    return copy_of_the_project(tmp_path_factory.mktemp("clone"))
 
 
 def start(command: str, clone: Path) -> subprocess.Popen:

@@ -21,18 +21,12 @@ from llama.evaluation.score import answer_ids, evaluate, sample_indices
 from llama.storage import pretrained
 from llama.storage.base import config_from_json
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SLOW = pytest.mark.slow
 BATCH_SIZES = (1, 3, 8)
 # Answers of several tokens, and of different numbers of them.
 WORDY = Template("wordy", IMDB.source.replace("{label=negative,positive}", "{label=bad and rather too long,good one}"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        folder = tmp_path_factory.mktemp("llama-cache")
-        patched.setenv("LLAMA_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")
