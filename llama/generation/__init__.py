@@ -1,1 +1,1 @@
-"""Text generation: not built yet. A KV cache will be a second AttentionContext, beside PackedDocuments."""
+"""From a prompt to text: a cache of keys and values, scores, choices, beams, and a batch of sequences that grow."""

@@ -1,0 +1,35 @@
+"""What is asked of the model, and what it answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llama.generation.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    prompt:   its ids, at least one.
+    settings: how it is continued.
+    stop_ids: the ids that end an answer; none of them is part of it.
+    on_token: called with each new id as soon as it is chosen (with beams: with all ids, at the end); if it returns
+              True, the answer ends behind this id. It turns ids into text, shows them, and knows the stop strings.
+    """
+
+    prompt: list[int]
+    settings: GenerationSettings = GenerationSettings()
+    stop_ids: frozenset[int] = frozenset()
+    on_token: Callable[[int], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The ids that continue a prompt, and why they end.
+
+    reason: "stop" (a stop id came, which is not among `ids`), "stop_string" (`on_token` returned True), "length"
+            (max_new_tokens), or "context" (the model has no position for a further token).
+    """
+
+    ids: list[int]
+    reason: str
