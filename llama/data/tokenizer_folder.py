@@ -163,7 +163,7 @@ def _end_token(file: Path, settings: dict, ids: dict[str, int], eos_id: int | No
             raise UserError(f"{file}: eos_token {eos!r:.100}, expected a token of the tokenizer")
         return ids[eos]
     for name in EOS_FILES:
-        configured = _eos_ids(file.parent, name)
+        configured = eos_ids(file.parent, name)
         if configured:
             eos_id = configured[0]
             break
@@ -173,7 +173,9 @@ def _end_token(file: Path, settings: dict, ids: dict[str, int], eos_id: int | No
     return eos_id
 
 
-def _eos_ids(folder: Path, name: str) -> list[int]:
+def eos_ids(folder: Path, name: str) -> list[int]:
+    """Each eos_token_id in a JSON file of a folder; none where there is no such file. Raises UserError for anything but
+    a whole number or a list of them."""
     found = read_if_there(folder, name).get("eos_token_id")
     if found is None:
         return []
@@ -188,7 +190,7 @@ def _other_ends(folder: Path, ids: dict[str, int], eos_id: int) -> list[str]:
     notes = []
     name = next(token for token, id in ids.items() if id == eos_id)
     for file in EOS_FILES:
-        others = _eos_ids(folder, file)
+        others = eos_ids(folder, file)
         if others and eos_id not in others:
             found = ", ".join(f"{id!r:.20}" for id in others[:8])
             notes.append(f"{folder}: answers end in {name!r:.60}, token {eos_id}; {file} names {found} as end token")
