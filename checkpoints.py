@@ -18,17 +18,13 @@ from pathlib import Path
 import torch
 
 from llama.boundary.errors import UserError, as_user_error, one_line
-from llama.boundary.records import read_record
-from llama.model.quantize import KINDS
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import join
 from llama.storage.base import Base
-from llama.storage.checkpoint import load_checkpoint
 from llama.storage.manifest import PIN, best, find, published, read_manifest, verify
-from llama.storage.peft import Adapter, save_adapter
+from llama.storage.peft import adapter_of_checkpoint, save_adapter
 from llama.storage.pretrained import export_model
 from llama.training.model_card import companions_of_checkpoint
-from llama.training.state import trained_parameters
 from lora import Changes
 
 
@@ -105,36 +101,27 @@ def export(saved: Path, out: Path, moved_base: str | None, dtype_name: str | Non
     where the run found it. `dtype_name`: of a model's weights; an adapter's stay float32.
     """
     manifest = read_manifest(saved)
-    identity = manifest.identity
+    origin = manifest.origin(saved)
+    adapter = adapter_of_checkpoint(saved) if origin.lora else None
+    base = Base.of_checkpoint(saved, moved=moved_base)
+    dtype = getattr(torch, dtype_name) if dtype_name else base.dtype
+    changes = Changes(origin.quantize, adapter, origin.train_layers, adapter_folder=str(saved) if adapter else None)
+    model = on_meta(base.config)
     with as_user_error(saved, "a manifest that says what the run was"):
-        lora = identity["lora"]
-        if identity["quantize"] not in ("none", *KINDS):
-            raise ValueError(f"quantize is {identity['quantize']!r:.60}")
-        adapter = read_record(Adapter, lora | {"targets": tuple(lora["targets"])}, saved) if lora else None
-        changes = Changes(identity["quantize"], adapter, identity["train_layers"])
-        base = Base.open(moved_base or identity["model"])
-        dtype = getattr(torch, dtype_name) if dtype_name else base.dtype
-        model = on_meta(base.config)
         changes.apply(model)
-        fingerprint, seed = identity["base"], identity["seed"]
     announce(base.notes)
     if adapter and dtype_name not in (None, "float32"):
         raise UserError(f"--dtype {dtype_name}: {saved} is of an adapter, which is kept in float32")
-    if base.folder and base.fingerprint != fingerprint:
-        changed = f"other weights or another config.json than those in {base.folder} now"
-        raise UserError(f"{saved}: the run began with {changed}")
     beside = companions_of_checkpoint(saved.parents[1], base, manifest)
     if beside.card is None:
         announce([f"{saved.parents[1] / 'run.json'}: does not say how prompts were made: no model card"])
     with join() as process:
-        verify(saved, manifest)
         distribute(model, process, torch.float32)
-        if changes.train_layers != "all":  # frozen weights are not in the checkpoint (an adapter's base is not written)
-            base.load(model, seed)
-        load_checkpoint(saved, {"model": trained_parameters(model)})
-        if adapter:
+        if adapter:  # its base is not read, because it is not written
+            changes.load(model)
             save_adapter(model, out, adapter, base.name, beside)
         else:
+            base.load(model)
             export_model(model, out, base.config_json, beside, dtype)
         rounded = "" if adapter else f"; {base.about_export(model, dtype)}"
         if process.is_rank_zero:

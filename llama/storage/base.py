@@ -17,7 +17,14 @@ from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
 from llama.model import Llama, ModelConfig
 from llama.storage.config_json import config_from_json, config_to_json, unused_keys
-from llama.storage.pretrained import hugging_face_parameters, initialize_weights, load_weights, superfluous_names
+from llama.storage.manifest import checkpoint_at, read_manifest, verify
+from llama.storage.pretrained import (
+    hugging_face_parameters,
+    initialize_weights,
+    load_trained,
+    load_weights,
+    superfluous_names,
+)
 from llama.storage.rounding import rounding_of_training
 from llama.storage.slices import check_tensors, differ
 from llama.storage.weight_files import unused_files, weight_files
@@ -43,7 +50,7 @@ class Base:
     """The model that --model names. `folder` holds its weights; None: it starts from random weights.
 
     `dtype` is what most of its weights are stored in, and what exports keep. `notes` are sentences on what its files
-    hold and is not used.
+    hold and is not used. `checkpoint` holds the weights that a run trained, in place of those of `folder`.
     """
 
     name: str
@@ -53,6 +60,7 @@ class Base:
     tokenizer: Tokenizer
     dtype: torch.dtype
     notes: list[str]
+    checkpoint: Path | None = None
 
     @classmethod
     def open(cls, name: str, max_length: int = 0, control_tokens: str | None = None) -> "Base":
@@ -60,10 +68,40 @@ class Base:
         these control tokens."""
         if name == "tiny":
             return cls.tiny(max_length, control_tokens)
-        return cls.pretrained(name, max_length, control_tokens)
+        return cls.of_folder(name, max_length, control_tokens)
 
     @classmethod
     def pretrained(cls, name: str, max_length: int = 0, control_tokens: str | None = None) -> "Base":
+        """A trained model: a Hugging Face folder, a hub id, or a checkpoint of a run."""
+        saved = checkpoint_at(name)
+        if not saved:
+            return cls.of_folder(name, max_length, control_tokens)
+        if read_manifest(saved).origin(saved).lora:
+            raise UserError(f"--model {saved}: holds an adapter, expected a model; give it as --adapter")
+        return cls.of_checkpoint(saved, max_length, control_tokens)
+
+    @classmethod
+    def of_checkpoint(
+        cls, saved: Path, max_length: int = 0, control_tokens: str | None = None, moved: str | None = None
+    ) -> "Base":
+        """What the run of a checkpoint began with (`moved`: where it is now), and the weights that it trained. Raises
+        UserError where it is not to be found, or has other weights than in the run."""
+        origin = read_manifest(saved).origin(saved)
+        name = moved or origin.model
+        if name != "tiny":
+            try:
+                find_model(name)
+            except UserError as error:
+                way_out = f"python checkpoints.py export {saved.parents[1]} OUT --step {saved.name} --model FOLDER"
+                raise UserError(f"{saved}: the base of its run: {error}; if it has moved: {way_out}") from None
+        base = cls.open(name, max_length, control_tokens)
+        if base.folder and base.fingerprint != origin.base:
+            changed = f"other weights or another config.json than those in {base.folder} now"
+            raise UserError(f"{saved}: the run began with {changed}")
+        return base if origin.lora else replace(base, checkpoint=saved)
+
+    @classmethod
+    def of_folder(cls, name: str, max_length: int = 0, control_tokens: str | None = None) -> "Base":
         """A Hugging Face folder or a hub id. Raises UserError when config.json, tokenizer, weights and max_length do
         not fit each other. Weights are compared by name and shape, before anything takes memory; only of a head beside
         a tied embedding the values are looked at."""
@@ -99,11 +137,23 @@ class Base:
         return cls("tiny", None, config_to_json(TINY) | special_tokens, TINY, tokenizer, torch.bfloat16, [])
 
     def load(self, model: Llama, seed: int = 0) -> None:
-        """Fill a model that has memory: with the folder's weights, or with random ones drawn from `seed`."""
-        if self.folder:
+        """Fill a model that has memory: with the folder's weights, or with random ones drawn from `seed`, or with those
+        of the checkpoint. Collective."""
+        if self.checkpoint:
+            self._load_checkpoint(model, self.checkpoint)
+        elif self.folder:
             load_weights(model, self.folder)
         else:
             initialize_weights(model, seed)
+
+    def _load_checkpoint(self, model: Llama, saved: Path) -> None:
+        manifest = read_manifest(saved)
+        origin = manifest.origin(saved)
+        verify(saved, manifest, "model")
+        are_all = origin.train_layers == "all"
+        if not are_all:  # frozen weights are not in the checkpoint
+            replace(self, checkpoint=None).load(model, origin.seed)
+        load_trained(model, saved, are_all)
 
     def about_export(self, model: Llama, dtype: torch.dtype | None = None) -> str:
         """A sentence on a trained model's export in this dtype (None: the base's): what rounding loses. Collective."""

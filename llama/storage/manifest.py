@@ -12,10 +12,12 @@ newer than the checkpoint that a run went back to.
 import hashlib
 import json
 import math
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from llama.boundary.choices import QUANTIZED
 from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.records import read_record, setting
 from llama.boundary.untrusted import inside, read_json
@@ -54,6 +56,10 @@ class Manifest:
         if self.totals.get("seconds", 1) <= 0:
             raise ValueError("it took no time")
 
+    def origin(self, where: Path) -> "Origin":
+        """What the run was. Raises UserError where the identity does not say it."""
+        return read_record(Origin, {entry.name: self.identity.get(entry.name) for entry in fields(Origin)}, where)
+
     def to_text(self) -> str:
         """The content of manifest.json, which holds a digest of itself. There the identity is called `settings`."""
         content = {
@@ -67,6 +73,19 @@ class Manifest:
         }
         content = json.loads(json.dumps(content))  # as it reads back: no tuples, and no keys but strings
         return json.dumps(content | {"sha256": _digest(content)}, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What must be known of a run to use its weights: its --model and a hash of that one's weights (None: random ones,
+    drawn from `seed`), what the frozen linears were rounded to, what was trained, and of what shape an adapter is."""
+
+    model: str = setting()
+    seed: int = setting(at_least=0)
+    quantize: str = setting(choices=("none", *QUANTIZED))
+    train_layers: str = setting()
+    base: str | None = setting(None)
+    lora: dict | None = setting(None)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -91,6 +110,15 @@ def read_manifest(path: Path) -> Manifest:
 
 def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_at(path: str | Path) -> Path | None:
+    """The folder of a checkpoint that a path leads to; None for any other, such as a model that has such a name."""
+    named = Path(path)
+    is_plain = NAME.fullmatch(named.name) and len(named.parents) > 1
+    found = named if is_plain else Path(os.path.realpath(named))
+    is_other = any((found / name).exists() for name in ("config.json", "adapter_config.json"))
+    return found if NAME.fullmatch(found.name) and found.is_dir() and not is_other else None
 
 
 def published(folder: Path) -> list[Path]:
@@ -163,8 +191,9 @@ def differences(saved: dict, identity: dict) -> dict[str, str]:
     }
 
 
-def verify(path: Path, manifest: Manifest) -> None:
-    """Read every file of a checkpoint and compare it with the manifest. Collective; ranks share the work.
+def verify(path: Path, manifest: Manifest, stem: str = "") -> None:
+    """Read every file of a checkpoint whose name begins with `stem`, and compare it with the manifest. Collective;
+    ranks share the work.
 
     Raises UserError, on every rank, naming a file that is missing, cut, changed or not in the manifest.
     """
@@ -176,13 +205,13 @@ def verify(path: Path, manifest: Manifest) -> None:
             more = {p.name for p in path.iterdir() if ".safetensors" in p.name} - manifest.files.keys()
             if more:
                 raise UserError(f"{path / min(more)}: not in the manifest")
-        found = digests(path, sorted(manifest.files))
+        found = digests(path, sorted(name for name in manifest.files if name.startswith(stem)))
     except UserError as error:
         raise UserError(f"{error}; {_way_back(path)}") from None
-    for name, expected in manifest.files.items():
-        if found[name] != expected:
+    for name, file_found in found.items():
+        if file_found != manifest.files[name]:
             sizes = "; expected ".join(
-                f"{file['bytes']:,} bytes, digest {file['sha256']:.12}" for file in (found[name], expected)
+                f"{file['bytes']:,} bytes, digest {file['sha256']:.12}" for file in (file_found, manifest.files[name])
             )
             raise UserError(f"{path / name}: damaged: {sizes}; {_way_back(path)}")
 
@@ -190,5 +219,5 @@ def verify(path: Path, manifest: Manifest) -> None:
 def _way_back(path: Path) -> str:
     older = [p.name for p in published(path.parent) if step_of(p) < step_of(path)]
     if older:
-        return f"to continue from the one before it: --resume {older[-1]}"
+        return f"the one before it is {older[-1]} (a run continues from it with --resume {older[-1]})"
     return "there is no older checkpoint"

@@ -13,7 +13,7 @@ from torch import nn
 
 from llama.boundary.choices import ALL_LINEAR, LARGEST_RANK
 from llama.boundary.durable import write_durably
-from llama.boundary.errors import UserError, first_few
+from llama.boundary.errors import UserError, as_user_error, first_few
 from llama.boundary.foreign import described_folder
 from llama.boundary.records import read_record, setting
 from llama.boundary.untrusted import read_json
@@ -21,6 +21,7 @@ from llama.parallel.collectives import fail_together, is_rank_zero
 from llama.parallel.shards import local_slice, sharded_parameters
 from llama.storage.atomic import atomic_folder
 from llama.storage.companions import NO_COMPANIONS, Companions
+from llama.storage.manifest import checkpoint_at, read_manifest, verify
 from llama.storage.slices import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
@@ -118,7 +119,11 @@ def save_adapter(
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """What an adapter_config.json asks for. Raises UserError for a setting that this code does not implement."""
+    """What an adapter_config.json asks for, or a checkpoint of a run. Raises UserError for a setting that this code
+    does not implement."""
+    saved = checkpoint_at(folder)
+    if saved:
+        return adapter_of_checkpoint(saved)
     path = Path(folder) / CONFIG
     if Path(folder).is_dir() and not os.path.lexists(path):
         found = described_folder(Path(folder), WEIGHTS)
@@ -139,6 +144,15 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(read.r, read.lora_alpha, read.lora_dropout, variant, tuple(targets))
 
 
+def adapter_of_checkpoint(saved: Path) -> Adapter:
+    """Raises UserError for a checkpoint that holds a model, and for one that does not say what its adapter is."""
+    lora = read_manifest(saved).origin(saved).lora
+    if lora is None:
+        raise UserError(f"--adapter {saved}: holds a model, expected an adapter; give it as --model")
+    with as_user_error(saved, "a manifest that says what the adapter is"):
+        return read_record(Adapter, lora | {"targets": tuple(lora["targets"])}, saved)
+
+
 def _refuse_unknown(path: Path, about: dict) -> None:
     for key, plain in FIXED.items():
         if about.get(key, plain) != plain:
@@ -157,7 +171,7 @@ def _refuse_unknown(path: Path, about: dict) -> None:
 
 def adapter_notes(folder: str | Path | None) -> list[str]:
     """Sentences on what an adapter_config.json holds and `read_adapter`, which has accepted it, does not use."""
-    if not folder:
+    if not folder or checkpoint_at(folder):
         return []
     about = read_json(folder, CONFIG)
     known = {entry.name for entry in fields(_Numbers)} | FIXED.keys() | {*UNKNOWN_IF_SET} | HARMLESS
@@ -166,11 +180,14 @@ def adapter_notes(folder: str | Path | None) -> list[str]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Fill the adapters that are on the model. Raises UserError, on every rank, for tensors that are missing, foreign,
-    of another shape, or not finite. Collective."""
-    tensors = _peft_tensors(model)
+    """Fill the adapters that are on the model, from PEFT's files or a checkpoint. Raises UserError, on every rank, for
+    tensors that are missing, foreign, of another shape, or not finite. Collective."""
+    tensors, stem, saved = _peft_tensors(model), WEIGHTS, checkpoint_at(folder)
+    if saved:
+        tensors, stem = _adapters_parameters(model), "model"
+        verify(saved, read_manifest(saved), stem)
     with fail_together(folder):
-        read_tensors(tensors, Path(folder), WEIGHTS)
+        read_tensors(tensors, saved or Path(folder), stem)
         broken = []
         for name, tensor in tensors.items():
             local, _ = local_slice(tensor)
@@ -183,7 +200,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their names in PEFT's files."""
     tensors = {}
-    for name, parameter in sharded_parameters(model).items():
-        if ".lora_" in name:
-            tensors[f"base_model.model.model.{name.replace('_vector.weight', '_vector')}"] = parameter
+    for name, parameter in _adapters_parameters(model).items():
+        tensors[f"base_model.model.model.{name.replace('_vector.weight', '_vector')}"] = parameter
     return tensors
+
+
+def _adapters_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in sharded_parameters(model).items() if ".lora_" in name}

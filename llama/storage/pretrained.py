@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama.boundary.durable import write_durably
+from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig
 from llama.model.quantize import QuantizedLinear
 from llama.parallel.collectives import fail_together, is_rank_zero
 from llama.parallel.shards import draw, local_slice, sharded_parameters
 from llama.storage.atomic import atomic_folder
 from llama.storage.companions import NO_COMPANIONS, Companions
-from llama.storage.slices import Sink, read_tensors, write_tensors
+from llama.storage.slices import Sink, read_tensors, tensor_names, write_tensors
 
 # The names of files that an export writes, beside its companions.
 EXPORTED = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -29,12 +30,25 @@ def load_weights(model: Llama, folder: str | Path) -> None:
     linears are packed row by row, so the model is never whole in any wider form. Raises UserError, before anything is
     written, if any weight is missing, unexpected or of another shape.
     """
+    read_tensors(_targets(model), Path(folder), "model", superfluous_names(model.config))
+
+
+def load_trained(model: Llama, saved: Path, are_all: bool) -> None:
+    """The same from a checkpoint, which has the weights under names without prefix; unless `are_all` only those that
+    were trained: the others stay as they are."""
+    targets = {name.removeprefix("model."): target for name, target in _targets(model).items()}
+    trained = targets if are_all else {name: targets[name] for name in targets.keys() & tensor_names(saved)}
+    read_tensors(trained, saved, "model")
+
+
+def _targets(model: Llama) -> dict[str, Tensor | Sink]:
+    """Where each weight of a Hugging Face file goes."""
     tie(model)
-    wanted: dict[str, Tensor | Sink] = dict(hugging_face_parameters(model))
+    targets: dict[str, Tensor | Sink] = dict(hugging_face_parameters(model))
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            wanted[f"model.{name}.weight"] = _packing_sink(module)
-    read_tensors(wanted, Path(folder), "model", superfluous_names(model.config))
+            targets[f"model.{name}.weight"] = _packing_sink(module)
+    return targets
 
 
 def superfluous_names(config: ModelConfig) -> Callable[[str], object]:
@@ -62,6 +76,8 @@ def _packing_sink(linear: QuantizedLinear) -> Sink:
 
 def initialize_weights(model: Llama, seed: int) -> None:
     """Random weights: normal(0, initializer_range), norms 1, biases 0; the same for any number of ranks."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UserError("--quantize: only weights from files are rounded, and the frozen ones of this model are random")
     tie(model)
     deviation = model.config.initializer_range
     for name, parameter in hugging_face_parameters(model).items():

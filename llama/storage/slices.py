@@ -99,6 +99,12 @@ def check_tensors(
         return {name: by_name[found[name].get_dtype()] for name in tensors}
 
 
+def tensor_names(folder: Path, stem: str = "model") -> set[str]:
+    """The names of all tensors in the files."""
+    with ExitStack() as stack:
+        return set(_open_files(Path(folder), stem, stack))
+
+
 def differ(folder: Path, first: str, second: str, stem: str = "model") -> bool:
     """Whether the files hold both tensors, with other shapes or values. Reads a few rows at a time, up to the first
     difference."""
