@@ -50,7 +50,7 @@ def main() -> None:
         began = time.perf_counter()
         metrics, predicted = evaluate(model, data, process, settings.batch_size, settings.limit, words or None)
         seconds = time.perf_counter() - began
-        probabilities = {i: found for part in gather(predicted) for i, found in part.items()}
+        probabilities = {i: list(scored.probabilities) for part in gather(predicted) for i, scored in part.items()}
         if not process.is_rank_zero:
             return
         if metric == "perplexity":

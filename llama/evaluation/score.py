@@ -1,9 +1,11 @@
 """The loss of a model on labelled examples, and how often it prefers the right answer word."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
@@ -11,8 +13,19 @@ from llama.data.batches import Batch, deal, pack
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.tokenizer import Tokenizer
+from llama.evaluation.losses import few_enough, label_losses, losses_of_examples, sums_of_examples
 from llama.model import Llama
 from llama.parallel.processes import Process
+
+
+class Scored(NamedTuple):
+    """One example: the summed losses of its labels in nats, how many labels these are (0 where it lacks its answer
+    word), the probability of each answer word (their sum is 1), and whether the right one is the likeliest."""
+
+    loss: float
+    labels: int
+    probabilities: Sequence[float] = ()
+    is_right: bool = False
 
 
 def answer_ids(template: Renderer, tokenizer: Tokenizer) -> list[int]:
@@ -32,18 +45,33 @@ def answer_ids(template: Renderer, tokenizer: Tokenizer) -> list[int]:
 
 
 def sample_indices(examples: int, limit: int) -> np.ndarray:
-    """A fixed random choice of `limit` examples (0: all). The first ones would not do: files are often sorted by label.
-    """
+    """A fixed random choice of `limit` examples (0: all). The first would not do: many files are sorted by label."""
     if not 0 < limit < examples:
         return np.arange(examples)
     return np.sort(np.random.default_rng(0).permutation(examples)[:limit])
 
 
+def own_batches(indices: Sequence[int], lengths: np.ndarray, process: Process, batch_size: int) -> list[list[int]]:
+    """This rank's batches of examples: as many as every rank has, some perhaps empty, with nearly equal work.
+
+    Every rank runs the same number of forwards, because inside each FSDP gathers weights, which is collective.
+    """
+    rounds = -(-len(indices) // (batch_size * process.world_size))
+    return deal(indices, lengths, rounds * process.world_size, batch_size)[process.rank :: process.world_size]
+
+
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
 def evaluate(
-    model: Llama, data: EncodedData, process: Process, batch_size: int, limit: int = 0, words: list[int] | None = None
-) -> tuple[dict, dict[int, list[float]]]:
-    """Metrics over all ranks, and this rank's predictions {example: probability of each answer word}, their sum is 1.
+    model: Llama,
+    data: EncodedData,
+    process: Process,
+    batch_size: int,
+    limit: int = 0,
+    words: list[int] | None = None,
+    each: bool = False,
+) -> tuple[dict, dict[int, Scored]]:
+    """Metrics over all ranks, and what each of this rank's examples got, {example: Scored}; without `words` only if
+    `each` asks for it.
 
         loss       sum of the negative log-likelihoods of all labelled tokens / their number, in nats
         accuracy   how often the right one of the answer `words` (token ids) is the likeliest of them
@@ -54,45 +82,53 @@ def evaluate(
     """
     model.eval()
     indices = sample_indices(len(data), limit)
-    # Every rank runs the same number of forwards: inside each, FSDP gathers weights, which is collective.
-    rounds = -(-len(indices) // (batch_size * process.world_size))
-    batches = deal(indices.tolist(), data.lengths, rounds * process.world_size, batch_size)
-    mine = batches[process.rank :: process.world_size]
+    if each and words is None:
+        batch_size = few_enough(batch_size, int(data.label_counts[indices].max()), model.config.vocab_size)
+    mine = own_batches(indices.tolist(), data.lengths, process, batch_size)
+    found: dict[int, Scored] = {}
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, labels, right answers, examples
-    predicted: dict[int, list[float]] = {}
     progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
     for part in progress.over(mine):
         batch = pack(data, part, process.device)
-        right = 0
-        if words is None:
-            loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
-            labels, examples = len(batch.targets), len(batch.indices)
+        if words is not None:
+            found |= zip(part, _predict(model, batch, words, data.answers), strict=True)
+        elif each:
+            losses = losses_of_examples(model, batch).tolist()
+            found |= zip(part, map(Scored, losses, batch.labels_per_example), strict=True)
         else:
-            answers = torch.tensor([int(data.answers[i]) for i in part], dtype=torch.int64, device=process.device)
-            loss, labels, of_words = _predict(model, batch, words, answers >= 0)
-            predicted |= dict(zip(part, of_words.tolist(), strict=True))
-            right = int((of_words.argmax(-1) == answers).sum())
-            examples = int((answers >= 0).sum())
-        counts = torch.tensor([labels, right, examples], dtype=torch.float64)
-        sums += torch.cat([loss.double().reshape(1), counts.to(process.device)])
+            sums[0] += model(batch.tokens, batch.documents, batch.rows, batch.targets)
+            sums[1] += len(batch.targets)
+            sums[3] += len(part)
+    scored = [example for example in found.values() if words is None or example.labels]
+    own = (sum(e.loss for e in scored), sum(e.labels for e in scored), sum(e.is_right for e in scored), len(scored))
+    sums += torch.tensor(own, dtype=torch.float64).to(process.device)
     dist.all_reduce(sums)
-    loss, labels, right, examples = sums.tolist()
+    return _metrics(words is not None, *sums.tolist()), found
+
+
+def _metrics(has_words: bool, loss: float, labels: float, right: float, examples: float) -> dict:
     if not examples:
-        return {"n": 0}, predicted
+        return {"n": 0}
     if not np.isfinite(loss):
         raise UserError(f"the loss over {int(examples)} held-out examples is {loss}: the model's weights are unusable")
-    accuracy = {} if words is None else {"accuracy": right / examples}
-    return {"loss": loss / labels, **accuracy, "n": int(examples)}, predicted
+    accuracy = {"accuracy": right / examples} if has_words else {}
+    return {"loss": loss / labels, **accuracy, "n": int(examples)}
 
 
-def _predict(model: Llama, batch: Batch, words: list[int], known: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The loss of the examples whose answer is `known` (n), the number of their labels, and the probability of each
-    answer word in each example (n, words)."""
+def _predict(model: Llama, batch: Batch, words: list[int], answers: np.ndarray) -> list[Scored]:
+    """Each example of the batch, of which `answers` says the right word by its index, -1 where it is unknown."""
     logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
-    # Not log_softmax: on a CPU it adds the numbers of a vocabulary one by one, which is 1e-5 nats off.
-    losses = logits.logsumexp(-1) - logits.gather(1, batch.targets[:, None])[:, 0]
-    labels_per_example = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=known.device)
-    is_counted = known.repeat_interleave(labels_per_example)
-    first_labels = labels_per_example.cumsum(0) - labels_per_example
+    losses = sums_of_examples(label_losses(logits, batch.targets), batch).tolist()
+    labels = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=logits.device)
+    first_labels = labels.cumsum(0) - labels
     of_words = logits[first_labels][:, words].double().softmax(-1)
-    return losses[is_counted].sum(), int(is_counted.sum()), of_words
+    likeliest = of_words.argmax(-1).tolist()
+    scored = []
+    for place, probabilities in enumerate(of_words.tolist()):
+        answer = answers[batch.indices[place]]
+        if answer < 0:
+            scored.append(Scored(0.0, 0, probabilities))
+        else:
+            is_right = bool(likeliest[place] == answer)
+            scored.append(Scored(losses[place], batch.labels_per_example[place], probabilities, is_right))
+    return scored

@@ -79,7 +79,7 @@ def test_accuracy_and_loss_are_those_of_a_loop_over_examples(ranks, wordy, size)
             assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": 19}
             assert forwards == -(-19 // (size * batch_size))
             assert merged.keys().isdisjoint(predicted)
-            merged |= predicted
+            merged |= {i: scored.probabilities for i, scored in predicted.items()}
         assert merged == {i: pytest.approx(found, abs=1e-5) for i, found in predictions.items()}
 
 
@@ -133,7 +133,7 @@ def test_fewer_examples_than_ranks_do_not_hang(ranks, wordy, size, limit):
     chosen = sample_indices(19, limit).tolist()
     loss, accuracy, _, predictions = example_by_example(plain_model(), opened(folder), words, indices=chosen)
     by_rank = ranks(size, score_on_rank, folder, batch_sizes=[4], limit=limit, words=words)
-    found = {i: found for ((_, part, _),) in by_rank for i, found in part.items()}
+    found = {i: scored.probabilities for ((_, part, _),) in by_rank for i, scored in part.items()}
     assert found == {i: pytest.approx(expected, abs=1e-5) for i, expected in predictions.items()}
     for ((metrics, _, forwards),) in by_rank:
         assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "accuracy": accuracy, "n": limit} and forwards == 1
@@ -164,7 +164,7 @@ def test_rows_without_a_label_are_predicted_and_not_scored(ranks, wordy, tmp_pat
         merged = {}
         for found, predicted, _ in results:
             assert found == metrics
-            merged |= predicted
+            merged |= {i: scored.probabilities for i, scored in predicted.items()}
         assert merged == {i: pytest.approx(of_words, abs=1e-5) for i, of_words in expected.items()}
 
 

@@ -1,0 +1,36 @@
+"""The loss of each example of a batch, where one sum over the batch would not do."""
+
+import torch
+from torch import Tensor
+
+from llama.data.batches import Batch
+from llama.model import Llama
+
+MOST_LOGITS = 1 << 27  # that exist at the same time: 512 MB in fp32
+
+
+def few_enough(batch_size: int, most_labels: int, vocab_size: int) -> int:
+    """How many examples of up to `most_labels` labels `losses_of_examples` may get at once: batch_size at most."""
+    return max(1, min(batch_size, MOST_LOGITS // (vocab_size * max(1, most_labels))))
+
+
+def losses_of_examples(model: Llama, batch: Batch) -> Tensor:
+    """The summed losses of each example's labels (n), fp64, in nats. Under FSDP every rank calls it as often."""
+    if len(batch.indices) <= 1:  # the model's own loss never holds all logits, which are many for a long example
+        loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
+        return loss.double().reshape(1)[: len(batch.indices)]
+    logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
+    return sums_of_examples(label_losses(logits, batch.targets), batch)
+
+
+def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of each row: (R, V), (R) -> (R)."""
+    # Not log_softmax: on a CPU it adds the numbers of a vocabulary one by one, which is 1e-5 nats off.
+    return logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]
+
+
+def sums_of_examples(losses: Tensor, batch: Batch) -> Tensor:
+    """Losses of labels (R) added up for each example of the batch (n), fp64."""
+    labels = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=losses.device)
+    examples = torch.arange(len(labels), device=losses.device).repeat_interleave(labels)
+    return losses.new_zeros(len(labels), dtype=torch.float64).index_add_(0, examples, losses.double())
