@@ -28,7 +28,8 @@ class Answer:
     """The ids that continue a prompt, and why they end.
 
     reason: "stop" (a stop id came, which is not among `ids`), "stop_string" (`on_token` returned True), "length"
-            (max_new_tokens), or "context" (the model has no position for a further token).
+            (max_new_tokens), "context" (the model has no position for a further token), or "no_repeat"
+            (no_repeat_ngram_size forbids every token).
     """
 
     ids: list[int]
