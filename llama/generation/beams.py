@@ -124,7 +124,7 @@ class Beams:
     def _is_decided(self, best: Tensor, length: int) -> bool:
         """Whether num_beams texts ended, and the best living one is not expected to beat the worst of them.
 
-        It has score `best` after `length` tokens. It can only lose score as it grows; what it gains is a larger divisor.
+        Its score is `best` after `length` tokens. It only loses score as it grows; what it gains is a larger divisor.
         """
         if len(self.finished) < self.settings.num_beams:
             return False

@@ -96,12 +96,12 @@ def keep_top_p(scores: Tensor, top_p: float, keep: int) -> Tensor:
     # Tokens below (1 - top_p) / V go in any case, as V of them do not reach 1 - top_p. Only the others are sorted.
     likely = (probabilities >= (1 - top_p) / size).sum(-1).max()
     ids = scores.topk(min(max(int(likely), keep), size)).indices.sort().values
-    order = scores.gather(1, ids).sort(stable=True).indices
+    values, order = scores.gather(1, ids).sort(stable=True)
     ids = ids.gather(1, order)  # from the least likely to the likeliest, and by id where they tie
     rest = probabilities.scatter(1, ids, 0).sum(-1, keepdim=True)
     is_out = rest + probabilities.gather(1, ids).cumsum(-1) <= 1 - top_p
     is_out[:, -keep:] = False
-    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(1, ids, is_out), RULED_OUT)
+    return torch.full_like(scores, RULED_OUT).scatter(1, ids, values.masked_fill(is_out, RULED_OUT))
 
 
 def keep_min_p(scores: Tensor, min_p: float, keep: int) -> Tensor:
