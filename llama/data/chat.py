@@ -57,12 +57,15 @@ class Chat:
         Raises UserError, beginning with `where`, for a row that is no conversation or that the layout cannot express.
         """
         turns = self.prepared(read_turns(row, where))
-        if self.name == "llama2":
-            roles = [turn.role for turn in turns if turn.role != "system"]
-            alternating = ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]
-            if roles != alternating:
-                raise UserError(f"{where}: roles {', '.join(roles[:8])}; expected user and assistant in turn")
+        self.check_roles(turns, where)
         return list(LAYOUTS[self.name](turns)), -1
+
+    def check_roles(self, turns: Sequence[Turn], where: str) -> None:
+        """Raises UserError, beginning with `where`, for an order of roles that the layout cannot express."""
+        roles = [turn.role for turn in turns if turn.role != "system"]
+        alternating = ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]
+        if self.name == "llama2" and roles != alternating:
+            raise UserError(f"{where}: roles {', '.join(roles[:8])}; expected user and assistant in turn")
 
     def prepared(self, turns: list[Turn]) -> list[Turn]:
         """The turns as they are trained: stripped where the layout does so, with what --system inserts."""

@@ -214,7 +214,7 @@ def _listed_templates(where: Path, listed: Any) -> dict[str, str]:
 
 def prompt_text(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str:
     """What is trained as the prompt of the next answer, with its control tokens by name."""
-    return spelled_out(_prompt(layout, turns), tokenizer)
+    return spelled_out(prompt_segments(layout, turns), tokenizer)
 
 
 def spelled_out(segments: Sequence[Segment], tokenizer: Tokenizer) -> str:
@@ -232,12 +232,13 @@ def spelled_out(segments: Sequence[Segment], tokenizer: Tokenizer) -> str:
 def prompt_ids(layout: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     """The ids that are trained as the prompt of the next answer."""
     longest = 1 << 30
-    (encoded,) = encode_rows([_prompt(layout, turns)], tokenizer, longest, "right")
+    (encoded,) = encode_rows([prompt_segments(layout, turns)], tokenizer, longest, "right")
     assert encoded is not None  # it has no answer of which no label could fit
     return encoded.ids
 
 
-def _prompt(layout: str, turns: Sequence[Turn]) -> list[Segment]:
+def prompt_segments(layout: str, turns: Sequence[Turn]) -> list[Segment]:
+    """What is trained as the prompt of the next answer: all that comes before its text."""
     asked = [turn._replace(learned=False) for turn in turns]
     segments = []
     for segment in LAYOUTS[layout]([*asked, Turn("assistant", "x", learned=True)]):

@@ -38,9 +38,9 @@ class Turn(NamedTuple):
     learned: bool = False
 
 
-def read_turns(row: dict, where: str) -> list[Turn]:
+def read_turns(row: dict, where: str, to_learn: bool = True) -> list[Turn]:
     """The turns of a row. Raises UserError, beginning with `where`, for a row that is no conversation, says what no
-    layout can express, or has nothing to learn."""
+    layout can express, or has nothing to learn, unless it need not have (`to_learn`)."""
     name = _only(row, LISTS, where) or LISTS[0]
     messages = row.get(name)
     pair = _joined_pair(row)
@@ -52,9 +52,11 @@ def read_turns(row: dict, where: str) -> list[Turn]:
     turns = [_read_turn(message, number, f"{where}: {name}[{number}]") for number, message in enumerate(messages)]
     turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
     said = [turn for turn in turns if turn.role == "assistant"]
-    if not said:
+    if not turns and not to_learn:
+        raise UserError(f"{where}: {name} is empty, expected messages")
+    if to_learn and not said:
         raise UserError(f"{where}: no message of the assistant among {len(turns)}, so there is nothing to learn")
-    if not any(turn.learned for turn in said):
+    if to_learn and not any(turn.learned for turn in said):
         raise UserError(f"{where}: no message of the assistant is learned, all have weight 0 or train false")
     return _with_system_column(row, turns, where)
 
