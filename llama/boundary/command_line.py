@@ -99,7 +99,7 @@ def parse(settings: type[OfScript], argv: Sequence[str] | None = None, descripti
     if getattr(found, "config", None) is not None:  # the flags of a file, where the command line does not say otherwise
         parser.set_defaults(**flags_from(Path(found.config), settings))
         found = parser.parse_args(argv)
-    return settings(**vars(found))
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()})
 
 
 def _add_flag(group: argparse._ArgumentGroup, entry: Field) -> None:
@@ -108,6 +108,10 @@ def _add_flag(group: argparse._ArgumentGroup, entry: Field) -> None:
     if kind is bool:  # --compile, or --compile false, against a --config that says true
         options: dict = {"nargs": "?", "const": True, "default": False, "metavar": "false"}
         group.add_argument(f"--{entry.name}", type=true_or_false, help=help_text, **options)
+        return
+    if kind == tuple[str, ...]:  # may be given several times
+        options = {"action": "append", "default": [], "metavar": "TEXT"}
+        group.add_argument(f"--{entry.name}", help=help_text, **options)
         return
     required = entry.default is MISSING
     notes = [described_range(entry.metadata)]

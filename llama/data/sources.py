@@ -44,17 +44,9 @@ PUBLIC_DATASETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
-    """which data"""
+class PromptSettings(Settings):
+    """how rows become prompts"""
 
-    data: str = setting(
-        "imdb",
-        f"{', '.join(PUBLIC_DATASETS)}; a file ({KINDS}); or a folder with train.* and test.*; "
-        "NAME:CATEGORY for the rows of one category, such as dolly:open_qa",
-    )
-    data_dir: str | None = setting(
-        None, "folder with the public data set's train.* and test.*, or its only file; else downloaded from the hub"
-    )
     template: str | None = setting(
         None,
         f"how rows become prompts and answers: {', '.join(TEMPLATES)}, chat, {', '.join(LAYOUTS)}, or a file of your "
@@ -65,20 +57,34 @@ class DataSettings(Settings):
         "the system turn of conversations that have none: a text, default (what the model's chat template inserts) or "
         "none; without this flag none, and a note if the model's chat template inserts one",
     )
-    max_length: int = setting(512, "tokens per example; only what the template allows is cut", at_least=2)
     control_tokens: str | None = setting(
         None,
         "control tokens, with commas, that the texts of rows and templates may spell, such as "
         "'<|im_start|>,<|im_end|>' for rows that are rendered already; else what looks like one stays text",
     )
     truncate_side: str = setting("right", "which end of a prompt's text is cut", choices=("left", "right"))
+    skip_bad_rows: bool = setting(False, "leave out rows that cannot be used, and count them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PromptSettings):
+    """which data"""
+
+    data: str = setting(
+        "imdb",
+        f"{', '.join(PUBLIC_DATASETS)}; a file ({KINDS}); or a folder with train.* and test.*; "
+        "NAME:CATEGORY for the rows of one category, such as dolly:open_qa",
+    )
+    data_dir: str | None = setting(
+        None, "folder with the public data set's train.* and test.*, or its only file; else downloaded from the hub"
+    )
+    max_length: int = setting(512, "tokens per example; only what the template allows is cut", at_least=2)
     test_fraction: float | None = setting(
         None,
         f"part of the rows to hold out, the same for every seed; {HELD_OUT:g} where there is no test file",
         at_least=0,
         below=1,
     )
-    skip_bad_rows: bool = setting(False, "leave out rows that cannot be used, and count them")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""The flags of evaluate.py."""
+"""The flags of evaluate.py and generate.py: both use a model that is trained already."""
 
 from dataclasses import dataclass
 
 from llama.boundary.choices import QUANTIZED
-from llama.boundary.records import setting
-from llama.data.sources import DataSettings
+from llama.boundary.records import Settings, setting
+from llama.data.rows import KINDS
+from llama.data.sources import DataSettings, PromptSettings
+from llama.generation.settings import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(DataSettings):
-    """what to score, and how"""
+class ModelSettings(Settings):
+    """which model"""
 
     model: str = setting(help="a Hugging Face folder, a hub id, or the folder of a run: its model, or adapter and base")
     adapter: str | None = setting(
@@ -18,6 +20,20 @@ class EvaluationSettings(DataSettings):
     quantize: str = setting(
         "none", "round the linears to 8 or 4 bits, as an adapter was trained over", choices=("none", *QUANTIZED)
     )
+    dtype: str | None = setting(
+        None,
+        "what to compute in; bfloat16 where the device has it, else float32",
+        choices=("bfloat16", "float32"),
+    )
+
+    def checks(self):
+        return [*super().checks(), ("adapter", "a folder", self.adapter != "")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(ModelSettings, DataSettings):
+    """what to score, and how"""
+
     split: str = setting(
         "test",
         "which part to score; a single file is scored whole unless --test_fraction is given",
@@ -31,11 +47,6 @@ class EvaluationSettings(DataSettings):
         choices=("accuracy", "loss", "perplexity"),
     )
     batch_size: int = setting(16, "examples per rank and forward", at_least=1)
-    dtype: str | None = setting(
-        None,
-        "what to compute in; bfloat16 where the device has it, else float32",
-        choices=("bfloat16", "float32"),
-    )
     output: str | None = setting(None, "write the metrics to this JSON file")
     predictions: str | None = setting(
         None,
@@ -47,10 +58,52 @@ class EvaluationSettings(DataSettings):
         asked = self.predictions
         return [
             *super().checks(),
-            ("adapter", "a folder", self.adapter != ""),
             ("output", "the name of a file", self.output != ""),
             ("predictions", "the name of a file", self.predictions != ""),
             ("predictions", "another file than --output", not asked or asked != self.output),
             # Without answer words nothing is predicted, and the file would be empty.
             ("predictions", "--metric accuracy with it", not asked or self.metric in (None, "accuracy")),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(ModelSettings, PromptSettings, GenerationSettings):
+    """what to answer, and where to"""
+
+    prompt: str | None = setting(None, "continue this text, and print it as it comes; -: the text is on stdin")
+    prompts: str | None = setting(
+        None,
+        f"answer the prompt of each row of this file ({KINDS}): fields of a template, or as in "
+        '{"prompt": "Hello"}; the rows may lack their answers',
+    )
+    chat: bool = setting(False, "have a conversation: each line that you type is a turn")
+    output: str | None = setting(
+        None,
+        "write a JSON line for each row of --prompts to this new file, in the order of the rows; after an interruption "
+        "the same command goes on where it was",
+    )
+    stop: tuple[str, ...] = setting((), "end an answer before this text; may be given several times")
+    max_length: int | None = setting(
+        None,
+        "cut prompts, where the template allows it, so that prompt and answer have so many tokens together; else so "
+        "many as the model has positions",
+        at_least=2,
+    )
+    batch_size: int = setting(8, "texts per rank that are continued side by side", at_least=1)
+    sharding: str = setting(
+        "none",
+        "none: each rank holds the whole model; full: the ranks hold it together, for a model that fits no device",
+        choices=("none", "full"),
+    )
+
+    def checks(self):
+        asked = [name for name in ("prompt", "prompts") if getattr(self, name) is not None]
+        asked += ["chat"] if self.chat else []
+        return [
+            *super().checks(),
+            (asked[0] if asked else "prompt", "one of --prompt, --prompts and --chat", len(asked) == 1),
+            ("prompts", "the name of a file", self.prompts != ""),
+            ("output", "the name of a file", self.output != ""),
+            ("output", "--prompts with it", self.output is None or self.prompts is not None),
+            ("stop", "texts that are not empty", "" not in self.stop),
         ]

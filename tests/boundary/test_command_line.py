@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import data
-from evaluate import EvaluationSettings
 from llama.boundary import command_line
 from llama.boundary.command_line import parse, run
 from llama.boundary.errors import UserError
 from llama.boundary.records import Settings, described_range, kind_of, setting
 from llama.data.examples import BadRows
+from llama.evaluation.settings import EvaluationSettings, GenerateSettings
 from llama.training.settings import TrainingSettings
 from lora import MergeSettings
 
@@ -35,7 +35,7 @@ class Example(Settings):
         return [("steps", "10 at most with --loud", not (self.loud and self.steps > 10))]
 
 
-SETTINGS = [Example, data.Settings, TrainingSettings, EvaluationSettings, MergeSettings]
+SETTINGS = [Example, data.Settings, TrainingSettings, EvaluationSettings, GenerateSettings, MergeSettings]
 
 
 @pytest.fixture(autouse=True)
@@ -122,11 +122,36 @@ def test_settings_name_all_that_is_wrong_with_them_in_one_line():
 def test_settings_are_given_by_name_and_never_change(settings):
     """By position two flags could be mixed up; and a run does what was checked."""
     required = {entry.name: "x" for entry in dataclasses.fields(settings) if entry.default is dataclasses.MISSING}
+    required |= {"prompt": "x"} if settings is GenerateSettings else {}
     made = settings(**required)
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.model = "y"
     with pytest.raises(TypeError, match="positional"):
         settings("x", **required)
+
+
+def test_a_flag_may_be_given_several_times_where_it_holds_several_texts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    given = ["--model", "m", "--prompt", "x"]
+    assert parse(GenerateSettings, given).stop == ()
+    for _ in range(2):  # one command line leaves nothing behind for the next
+        assert parse(GenerateSettings, [*given, "--stop", "\n\n", "--stop=-b"]).stop == ("\n\n", "-b")
+    with pytest.raises(UserError, match="--stop.*: expected texts that are not empty"):
+        parse(GenerateSettings, [*given, "--stop", ""])
+
+
+@pytest.mark.parametrize("given, problem", [
+    ({}, "--prompt None: expected one of --prompt, --prompts and --chat"),
+    ({"prompt": "x", "chat": True}, "--prompt x: expected one of --prompt, --prompts and --chat"),
+    ({"prompts": "x", "chat": True}, "--prompts x: expected one of --prompt, --prompts and --chat"),
+    ({"prompts": ""}, "--prompts : expected the name of a file"),
+    ({"prompt": "", "output": "x"}, "--output x: expected --prompts with it"),
+    ({"prompts": "x", "output": ""}, "--output : expected the name of a file"),
+])  # fmt: skip
+def test_what_to_answer_is_said_exactly_once(given, problem):
+    with pytest.raises(UserError) as error:
+        GenerateSettings(model="m", **given)
+    assert problem in str(error.value)
 
 
 def help_of(settings: type, capsys) -> dict[str, str]:
@@ -146,7 +171,7 @@ def test_the_help_states_what_each_flag_means_its_range_and_its_default_once(set
     found = help_of(settings, capsys)
     for entry in dataclasses.fields(settings):
         text, described = found[f"--{entry.name}"], described_range(entry.metadata)
-        default = "" if entry.default in (None, "") else f"default: {entry.default}"
+        default = "" if entry.default in (None, "", ()) else f"default: {entry.default}"
         if entry.default is dataclasses.MISSING:
             default = "required"
         if kind_of(entry) is bool:
@@ -159,7 +184,7 @@ def test_the_help_states_what_each_flag_means_its_range_and_its_default_once(set
     assert set(found) == {f"--{entry.name}" for entry in dataclasses.fields(settings)} | {"-h"}
 
 
-@pytest.mark.parametrize("settings", [TrainingSettings, EvaluationSettings])
+@pytest.mark.parametrize("settings", [TrainingSettings, EvaluationSettings, GenerateSettings])
 def test_the_help_shows_every_flag_once_under_the_heading_of_the_class_that_declares_it(settings, capsys):
     """A script may have fifty flags: those of one subject stand together."""
     with pytest.raises(SystemExit):
@@ -189,11 +214,18 @@ TRAINING_FLAGS = DATA_FLAGS + """
 MERGING_FLAGS = "model adapter output quantize dtype"
 EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"
 
+GENERATING_FLAGS = """
+    template truncate_side system control_tokens skip_bad_rows max_length model adapter quantize dtype
+    max_new_tokens temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size
+    num_beams length_penalty early_stopping seed stop
+    prompt prompts chat output batch_size sharding
+"""
+
 
 @pytest.mark.parametrize("settings, flags", [
     (data.Settings, SHOWING_FLAGS), (TrainingSettings, TRAINING_FLAGS), (EvaluationSettings, EVALUATION_FLAGS),
-    (MergeSettings, MERGING_FLAGS),
-], ids=["data", "fsdp_train", "evaluate", "lora"])  # fmt: skip
+    (MergeSettings, MERGING_FLAGS), (GenerateSettings, GENERATING_FLAGS),
+], ids=["data", "fsdp_train", "evaluate", "lora", "generate"])  # fmt: skip
 def test_the_command_line_grows_only_on_purpose(settings, flags):
     """A new flag is a promise to users: it is added here, too."""
     assert sorted(entry.name for entry in dataclasses.fields(settings)) == sorted(flags.split())
