@@ -34,7 +34,7 @@ from llama.boundary.errors import UserError, as_user_error
 from llama.model import Llama
 from llama.model.quantize import KINDS, Int8Linear, NF4Linear, QuantizedLinear, quantize
 from llama.model.sums import row_lengths
-from llama.parallel.distribute import distribute, on_meta
+from llama.parallel.distribute import distribute, keep_frozen_in, on_meta
 from llama.parallel.processes import Process, join
 from llama.parallel.shards import all_finite, draw, local_slice, whole_tensor
 from llama.storage.base import Base
@@ -126,8 +126,7 @@ def apply_adapter(model: Llama, adapter: Adapter) -> None:
         # A target may be any end of the full name "model.layers.0.mlp.up_proj", as in PEFT; whole words only.
         found = [name for name in linears if target == ALL_LINEAR or f".model.layers.{name}".endswith(f".{target}")]
         if not found:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            expected = f"{ALL_LINEAR} or some of {known}"
+            expected = f"{ALL_LINEAR} or some of {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in linears))}"
             raise UserError(f"LoRA target {target!r:.80}: no such linear in the decoder layers, expected {expected}")
         chosen.update(found)
     for name in chosen:
@@ -158,8 +157,7 @@ def initialize_adapter(model: nn.Module, seed: int) -> None:
         draw(linear.lora_A.weight, name, seed, uniform)
         local_slice(linear.lora_B.weight)[0].zero_()
         if linear.lora_magnitude_vector is not None:
-            lengths = row_lengths(_local_rows(linear).float())
-            local_slice(linear.lora_magnitude_vector.weight)[0].copy_(lengths)
+            local_slice(linear.lora_magnitude_vector.weight)[0].copy_(row_lengths(_local_rows(linear).float()))
 
 
 def _local_rows(linear: LoRALinear) -> Tensor:
@@ -207,9 +205,6 @@ def _round_as(model: Llama, kind: str) -> None:
             packed.check(name, linear)
             weight = local_slice(linear.weight)[0]
             weight.copy_(packed.dequantize_rows(*packed.quantize_rows(weight).values(), dtype=torch.float32))
-
-
-# The whole way from a model's name to a sharded model: on the meta device, changed, sharded, loaded
 
 
 @dataclass(frozen=True)
@@ -261,11 +256,16 @@ def train_only(model: Llama, parts: list[str]) -> None:
         getattr(model, name).requires_grad_(True)
 
 
-def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtype) -> Llama:
-    """The sharded model that `base` and `changes` describe, with its weights. fsdp_train.build does the same."""
+def open_model(base: Base, changes: Changes, process: Process, dtype: torch.dtype, whole: bool = False) -> Llama:
+    """The model that `base` and `changes` describe, with its weights: sharded, as fsdp_train.build does. Or `whole`, to
+    be used and not trained: all of it on this rank, frozen, in `dtype`, without FSDP around it."""
     model = on_meta(base.config)
     changes.apply(model)
-    distribute(model, process, dtype)
+    if whole:
+        keep_frozen_in(dtype, model.requires_grad_(False))
+        model.eval().to_empty(device=process.device)
+    else:
+        distribute(model, process, dtype)
     base.load(model)
     changes.load(model)
     return model

@@ -10,30 +10,22 @@ What follows a prompt depends on that prompt and its settings alone, whatever gr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llama.boundary.errors import UserError
+from llama.generation.beams import Beams
+from llama.generation.growing import Growing, heirs, naming, next_tokens
 from llama.generation.kv_cache import KVCache
 from llama.generation.request import Answer, Request
+from llama.generation.settings import GenerationSettings
 from llama.model import Llama, PackedDocuments
 
 STREAM = 4096  # tokens of prompts that are read in one forward; a longer prompt is read alone
 
-# Scores (B, V) of what follows each row's newest token (B), which `KVCache.next_token` has made room for.
+# Scores (B, V) of what follows each row's newest token (B), for which `KVCache.next_token` has made room.
 NextLogits = Callable[[Tensor, KVCache], Tensor]
-
-
-@dataclass
-class Text:
-    """A request that is being answered: its row in the cache (with beams: the row of each), and the ids so far."""
-
-    number: int
-    request: Request
-    rows: list[int]
-    ids: list[int] = field(default_factory=list)
 
 
 class Batch:
@@ -45,102 +37,100 @@ class Batch:
         self.positions = model.config.max_position_embeddings
         self.device = device_of(model)
         self.cache = KVCache(model.config, self.device)
-        self.texts: list[Text] = []  # of each row in the cache
-        self.newest: list[int] = []  # the last token of each row; the cache does not have it yet
+        self.texts: list[Growing] = []  # of each row in the cache
+        self.newest: list[int] = []  # the last token of each row, which the cache does not have yet
 
     def __len__(self) -> int:
-        """How many texts are growing."""
-        return len({id(text) for text in self.texts})
+        """How many texts are growing. One with beams has several rows."""
+        return len({text.number for text in self.texts})
 
     @torch.no_grad()
     def add(self, requests: Sequence[tuple[int, Request]]) -> list[tuple[int, Answer]]:
-        """Read new prompts in one forward and choose what follows each. Returns the answers that are complete.
+        """Read new prompts in one forward, and choose what follows each. Returns the answers that are complete.
 
-        A request comes with a number, which its answer and errors name. The texts that grow already do not change.
-        Raises UserError for a prompt without ids, or too long for the model.
+        Each request comes with a number of its own. The texts that grow already do not change. Raises UserError for a
+        prompt that the model cannot read, and for one that it gives NaN for.
         """
-        for number, request in requests:
-            check(number, request, self.positions)
-        first = len(self.texts)
-        lengths = []
+        new: list[Growing] = []
         ids: list[int] = []
-        for i, (number, request) in enumerate(requests):
-            self.texts.append(Text(number, request, [first + i]))
-            lengths.append(len(request.prompt))
+        for number, request in requests:
+            new.append(Growing.of(number, request, len(self.texts) + len(new), self.positions))
             ids += request.prompt
-        context = self.cache.add_rows(lengths)
-        last = context.documents.boundaries[1:].long() - 1
-        logits = self.model.logits(torch.tensor(ids, device=self.device), context, last)
-        return self.choose(logits, first)
+        context = self.cache.add_rows([len(text.request.prompt) for text in new])
+        self.texts += new
+        self.newest += [0] * len(new)
+        ends = context.documents.boundaries[1:].long()
+        logits = self.model.logits(torch.tensor(ids, device=self.device), context, rows=ends - 1)
+        return self.grow(new, logits)
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, Answer]]:
         """Add one token to every text. Returns the answers that this completes."""
         self.cache.next_token()
-        return self.choose(self.next_logits(torch.tensor(self.newest, device=self.device), self.cache), 0)
+        tokens = torch.tensor(self.newest, device=self.device)
+        return self.grow(self.texts, self.next_logits(tokens, self.cache))
 
     @torch.no_grad()
     def keep_company(self) -> None:
         """A forward without use, for a rank that has no text while others have: under FSDP all compute together."""
         self.model.logits(torch.zeros(1, dtype=torch.int64, device=self.device), PackedDocuments([1], self.device))
 
-    def choose(self, logits: Tensor, first: int) -> list[tuple[int, Answer]]:
-        """Give each row from `first` on its next token, by its row of the logits (R, V)."""
-        del self.newest[first:]
-        best, ids = logits.max(-1)
-        finished = []
-        peaks, tokens = torch.stack([best.double(), ids.double()]).tolist()  # the step's only wait for the device
-        for text, peak, token in zip(self.texts[first:], peaks, tokens, strict=True):
-            refuse_nan(text, peak)
-            self.newest.append(int(token))
-            reason = grow(text, int(token), self.positions)
-            if reason:
-                finished.append((text, reason))
-        for text, _ in finished:
-            self.leave(text)
-        return [(text.number, Answer(text.ids, reason)) for text, reason in finished]
+    def grow(self, texts: list[Growing], logits: Tensor) -> list[tuple[int, Answer]]:
+        """Continue the texts of the last rows of the cache by what their rows of logits (R, V) say."""
+        first = len(self.texts) - len(logits)
+        alike: dict[GenerationSettings, dict[int, Growing]] = {}  # texts with the same settings are one matrix
+        for text in texts:
+            alike.setdefault(text.request.settings, {})[text.number] = text
+        answers = []
+        idle: list[int] = []  # rows that are needed no more
+        for settings, by_number in alike.items():
+            group = list(by_number.values())
+            rows = [row - first for text in group for row in text.rows]
+            scores = logits if rows == list(range(len(logits))) else logits[rows]
+            if settings.num_beams > 1:
+                for text, own in zip(group, scores.split([len(text.rows) for text in group]), strict=True):
+                    assert text.beams
+                    idle += self.grow_beams(text, text.beams, own)
+                    if text.beams.done:
+                        answers.append((text.number, text.shown(text.beams.answer())))
+                continue
+            for text, token in zip(group, next_tokens(group, scores), strict=True):
+                reason = text.take(token, self.positions)
+                if reason:
+                    answers.append((text.number, Answer(text.ids, reason)))
+                    idle += text.rows
+                else:
+                    self.newest[text.rows[0]] = text.ids[-1]
+        for row in sorted(idle, reverse=True):
+            self.leave(row)
+        return answers
 
-    def leave(self, text: Text) -> None:
-        """Free the text's rows at once; the last row of the cache moves into each."""
-        for row in sorted(text.rows, reverse=True):
-            self.cache.leave(row)
-            moved = self.texts.pop()
-            token = self.newest.pop()
-            if row < len(self.texts):
-                moved.rows[moved.rows.index(len(self.texts))] = row
-                self.texts[row] = moved
-                self.newest[row] = token
+    def grow_beams(self, text: Growing, beams: Beams, logits: Tensor) -> list[int]:
+        """One step of a beam search. Returns the rows that are left over, all of them when it is done."""
+        with naming([text], logits):
+            tokens, parents = beams.advance(logits)
+        added = max(0, len(parents) - len(text.rows))  # after the first step, which has one row
+        spare = list(range(len(self.texts), len(self.texts) + added))
+        self.texts += [text] * added
+        self.newest += [0] * added
+        text.rows, copies, left_over = heirs(text.rows, parents, spare)
+        if copies:
+            equal = 0 if added else len(text.request.prompt)  # rows of one prompt differ only behind it
+            self.cache.copy(copies, equal)
+        for row, token in zip(text.rows, tokens, strict=True):
+            self.newest[row] = token
+        return left_over
 
-
-def check(number: int, request: Request, positions: int) -> None:
-    """Raises UserError for a prompt that the model cannot read."""
-    length = len(request.prompt)
-    if not 1 <= length <= positions:
-        raise UserError(f"prompt {number + 1}: {length} tokens, expected 1 to {positions}, the model's positions")
-
-
-def refuse_nan(text: Text, peak: float) -> None:
-    """`peak` is the largest of the scores: NaN if any is."""
-    if peak != peak:
-        place = f"prompt {text.number + 1}, token {len(text.ids) + 1} of the answer"
-        raise UserError(f"{place}: the model's scores are NaN, expected numbers: its weights are unusable")
-
-
-def grow(text: Text, token: int, positions: int) -> str | None:
-    """Take the token, or not if it is a stop id. Returns why the text ends here, None if it goes on."""
-    if token in text.request.stop_ids:
-        return "stop"
-    text.ids.append(token)
-    if text.request.on_token and text.request.on_token(token):
-        return "stop_string"
-    return limit(text, positions)
-
-
-def limit(text: Text, positions: int) -> str | None:
-    """Why no further token may come, or None."""
-    if len(text.ids) >= text.request.settings.max_new_tokens:
-        return "length"
-    return "context" if len(text.request.prompt) + len(text.ids) >= positions else None
+    def leave(self, row: int) -> None:
+        """Free a row at once; the last row of the cache moves into its place."""
+        self.cache.leave(row)
+        last = len(self.texts) - 1
+        moved = self.texts.pop()
+        token = self.newest.pop()
+        if row < last:
+            moved.rows[moved.rows.index(last)] = row
+            self.texts[row] = moved
+            self.newest[row] = token
 
 
 def device_of(model: Llama) -> torch.device:
@@ -159,27 +149,32 @@ def generate(
 ) -> Iterator[tuple[int, Answer]]:
     """The answers, each with the index of its request, as they are completed. At most `batch_size` texts at a time.
 
-    Prompts that wait are read, STREAM tokens at once, as soon as texts have ended. Every round is one forward on every
-    rank: any_rank(live) says whether any rank still has work; the others keep it company, for FSDP's sake. Raises
-    UserError before the first forward for prompts that the model cannot read, and later for NaN.
+    Prompts that wait are read, STREAM tokens at once, as soon as texts have ended. Under FSDP the ranks compute every
+    forward together: any_rank(live) says whether any rank still has work, and until none has, the others keep it
+    company. Raises UserError before the first forward if the model cannot read a prompt, later for NaN; also then only
+    when all ranks have ended.
     """
     batch = Batch(model, next_logits)
-    waiting: list[tuple[int, Request]] = []
-    for number, request in enumerate(requests):
-        check(number, request, batch.positions)
-        reason = limit(Text(number, request, []), batch.positions)
-        if reason:
-            yield number, Answer([], reason)
-        else:
-            waiting.append((number, request))
-    waiting.reverse()
-    while any_rank(bool(batch.texts or waiting)):
-        if waiting and len(batch) < batch_size:
-            yield from batch.add(next_prompts(waiting, batch_size - len(batch)))
-        elif batch.texts:
-            yield from batch.step()
-        else:
+    try:
+        waiting = []
+        for number, request in enumerate(requests):
+            reason = Growing.of(number, request, 0, batch.positions).limit(batch.positions)
+            if reason:
+                yield number, Answer([], reason)
+            else:
+                waiting.append((number, request))
+        waiting.reverse()
+        while any_rank(bool(batch.texts or waiting)):  # each turn is one forward
+            if waiting and len(batch) < batch_size:
+                yield from batch.add(next_prompts(waiting, batch_size - len(batch)))
+            elif batch.texts:
+                yield from batch.step()
+            else:
+                batch.keep_company()
+    except UserError:
+        while any_rank(False):
             batch.keep_company()
+        raise
 
 
 def next_prompts(waiting: list[tuple[int, Request]], at_most: int) -> list[tuple[int, Request]]:

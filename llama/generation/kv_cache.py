@@ -126,22 +126,20 @@ class KVCache:
         """Take a row out. The last row takes its place: one row is copied once, the others stay where they are."""
         last = len(self.lengths) - 1
         if row < last:
-            self.copy([last], [row])
+            self.copy([(last, row)])
         del self.lengths[last]
 
-    def copy(self, sources: list[int], targets: list[int], first: int = 0) -> None:
-        """Make each target row hold what its source row holds; before position `first` they are equal already."""
-        end = max(self.lengths[row] for row in sources)
-        new_rows = max(targets) + 1 - len(self.lengths)
-        self.lengths += [0] * new_rows
-        for source, target in zip(sources, targets, strict=True):
+    def copy(self, pairs: list[tuple[int, int]], first: int = 0) -> None:
+        """For each pair (from, to), make row `to` hold what row `from` holds; before position `first` it does already."""
+        rows = torch.tensor(pairs, device=self.device)
+        end = max(self.lengths[source] for source, _ in pairs)
+        self.lengths += [0] * (max(target for _, target in pairs) + 1 - len(self.lengths))
+        for source, target in pairs:
             self.lengths[target] = self.lengths[source]
         self.make_room(len(self.lengths), end)
-        source_rows = torch.tensor(sources, device=self.device)
-        target_rows = torch.tensor(targets, device=self.device)
         for tensor in (*self.keys, *self.values):
             part = tensor[:, :, first:end]
-            part[target_rows] = part[source_rows]
+            part[rows[:, 1]] = part[rows[:, 0]]
 
 
 def _view(tensor: Tensor, rows: int, positions: int) -> Tensor:

@@ -1,0 +1,127 @@
+"""One text that grows: how its next token is chosen, and when it ends."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llama.boundary.errors import UserError
+from llama.generation.beams import Beams
+from llama.generation.request import Answer, Request
+from llama.generation.sampling import RandomNumbers, choose
+from llama.generation.scores import process
+from llama.generation.settings import GenerationSettings
+
+
+@dataclass
+class Growing:
+    """A request with a number of its own, its row in the cache (with beams, the row of each), and the answer so far."""
+
+    number: int
+    request: Request
+    rows: list[int]
+    ids: list[int] = field(default_factory=list)
+    random: RandomNumbers | None = None
+    beams: Beams | None = None
+
+    @classmethod
+    def of(cls, number: int, request: Request, row: int, positions: int) -> "Growing":
+        """`positions`: how many the model has. Raises UserError for a prompt that it cannot read."""
+        length = len(request.prompt)
+        if not 1 <= length <= positions:
+            raise UserError(f"prompt {number + 1}: {length} tokens, expected 1 to {positions}, the model's positions")
+        text = cls(number, request, [row])
+        if request.settings.num_beams > 1:
+            text.beams = Beams(request.prompt, request.settings, request.stop_ids, positions - length)
+        elif request.settings.draws:
+            text.random = RandomNumbers(request.settings.seed, request.prompt)
+        return text
+
+    def take(self, token: int | None, positions: int) -> str | None:
+        """Write the token, unless it ends the answer. Returns the reason if the answer ends here."""
+        if token is None:  # each would repeat an n-gram
+            return "no_repeat"
+        if token in self.request.stop_ids:
+            return "stop"
+        self.ids.append(token)
+        if self.request.on_token and self.request.on_token(token):
+            return "stop_string"
+        return self.limit(positions)
+
+    def limit(self, positions: int) -> str | None:
+        """Why no further token may come, None if one may."""
+        if len(self.ids) >= self.request.settings.max_new_tokens:
+            return "length"
+        return "context" if len(self.request.prompt) + len(self.ids) >= positions else None
+
+    def shown(self, answer: Answer) -> Answer:
+        """The answer of beams, which is not shown before it is complete. `on_token` may end it earlier."""
+        for count, token in enumerate(answer.ids, 1):
+            if self.request.on_token and self.request.on_token(token):
+                return Answer(answer.ids[:count], "stop_string")
+        return answer
+
+
+def heirs(rows: list[int], parents: list[int], spare: list[int]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Where beams live on in the cache: the row of each, copies (from, to) that must be made, and rows left over.
+
+    rows:    the rows of the beams until now.
+    parents: for each beam from now on, which of them it continues. Its first child goes on in its row, and each further
+             one gets a copy, in the row of a beam without children or in one of the `spare` rows.
+    """
+    free = [row for beam, row in enumerate(rows) if beam not in parents] + spare
+    placed: list[int] = []
+    copies = []
+    for parent in parents:
+        row = rows[parent]
+        if row in placed:
+            copies.append((row, free.pop()))
+            row = copies[-1][1]
+        placed.append(row)
+    return placed, copies, free
+
+
+def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
+    """The next token of each text, which all have the same settings and no beams. logits (R, V), a row for each.
+
+    None where no token is possible. Raises UserError for logits that are no numbers.
+    """
+    settings = texts[0].request.settings
+    if is_greedy(settings):
+        best, ids = logits.max(-1)
+        scores, tokens = torch.stack([best.double(), ids.double()]).tolist()  # the step's only wait for the device
+        if not all(map(math.isfinite, scores)):
+            refuse(texts, logits)
+        return [int(token) for token in tokens]
+    with naming(texts, logits):
+        processed = process(logits, [text.request.prompt + text.ids for text in texts], settings)
+    if not settings.draws:
+        return choose(processed)
+    numbers = [float(text.random.uniform(len(text.ids))[0]) for text in texts if text.random]
+    return choose(processed, numbers)
+
+
+def is_greedy(settings: GenerationSettings) -> bool:
+    """Whether the likeliest token is taken as it is."""
+    return not settings.draws and settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size
+
+
+@contextmanager
+def naming(texts: Sequence[Growing], logits: Tensor) -> Iterator[None]:
+    """A ValueError about logits (R, V) becomes a UserError that names the prompt; with beams all rows are of one."""
+    try:
+        yield
+    except ValueError:
+        refuse(texts, logits)
+        raise
+
+
+def refuse(texts: Sequence[Growing], logits: Tensor) -> None:
+    """Raises UserError for the first text with a score that is NaN or infinite."""
+    for text, row in zip(texts, logits.split(len(logits) // len(texts)), strict=True):
+        if not row.amax(-1).isfinite().all():
+            place = f"prompt {text.number + 1}, token {len(text.ids) + 1} of the answer"
+            raise UserError(f"{place}: the model's scores are NaN or infinite: its weights are unusable")
