@@ -1,0 +1,112 @@
+"""A Llama laid out for generation: the numbers of llama/model, from fewer and larger products.
+
+A step of generation is short: one token of each text goes through all layers. Reading the weights takes most of its
+time, and each call of PyTorch counts beside it. So here q, k and v are one product, gate and up are another, q and k
+are rotated together, and each matrix lies in memory as `layouts` chooses. Prompts are read by the same lines.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from llama.generation.layouts import Layout, Rows, choose
+from llama.model import Llama
+from llama.model.attention import Attention, AttentionContext
+from llama.model.decoder import DecoderLayer
+from llama.model.embedding import Embedding
+from llama.model.mlp import MLP
+from llama.model.norm import RMSNorm
+from llama.model.rope import rope_table
+
+PARTS = {Llama, nn.ModuleList, DecoderLayer, Attention, MLP, RMSNorm, Embedding, nn.Linear}
+
+
+def lay_out(model: Llama, rows: int) -> Llama:
+    """The fastest model for steps of about `rows` tokens: a FlatLlama, which takes the weights out of `model`.
+
+    A model with other parts (adapters, quantised linears, FSDP's shards) is returned as it is.
+    """
+    return FlatLlama(model, rows) if all(type(module) in PARTS for module in model.modules()) else model
+
+
+class FlatLlama(Llama):
+    """`model` for steps of about `rows` tokens. It takes the weights over: `model` itself is empty afterwards."""
+
+    def __init__(self, model: Llama, rows: int):
+        nn.Module.__init__(self)  # not Llama's, which would make weights
+        self.config = model.config
+        self.rows = rows
+        self.shared: dict = {}  # what layouts of the same shape have in common
+        self.norm = model.norm
+        self.flat_layers = [FlatLayer(layer, self.laid_out) for layer in model.layers]  # type: ignore[arg-type]
+        self.head = self.laid_out(model.lm_head)
+        self.embedding: Layout = Rows(model.embed_tokens.weight.detach(), None, self.shared)
+        if model.config.tie_word_embeddings and self.head.has_rows:
+            self.embedding = self.head
+        del model.layers, model.norm, model.lm_head, model.embed_tokens
+
+    def laid_out(self, *linears: nn.Linear) -> Layout:
+        """The weights of `linears` below each other, as one matrix; each of them loses its own."""
+        weights = [linear.weight.detach() for linear in linears]
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        bias = torch.cat(biases) if biases else None
+        for linear in linears:
+            del linear.weight
+        return choose(weight, self.rows)(weight, bias, self.shared)
+
+    def forward(self, *_):
+        raise TypeError("a model that was laid out for generation has no loss; expected `logits` to be called")
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+        """Scores (R, V) of what follows each row of the stream, without `rows` (T, V)."""
+        x = self.embedding.rows(tokens)
+        cos, sin = rope_table(self.config, context.positions)
+        cos = torch.cat((cos, cos), dim=-1).to(x.dtype)  # (T, 1, H): once for each half of the pairs
+        sin = sin.to(x.dtype)  # (T, 1, H/2)
+        for index, layer in enumerate(self.flat_layers):
+            layer(x, cos, sin, context, index)
+        if rows is not None:
+            x = x[rows]
+        return self.head(self.norm(x))
+
+
+class FlatLayer:
+    """A decoder layer of four products."""
+
+    def __init__(self, layer: DecoderLayer, laid_out):
+        attention = layer.self_attn
+        mlp = layer.mlp
+        self.head_dim = attention.head_dim
+        self.queries = attention.q_proj.out_features // self.head_dim
+        self.keys = attention.k_proj.out_features // self.head_dim
+        self.input_norm = layer.input_layernorm.weight.detach()
+        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
+        self.eps = layer.input_layernorm.eps
+        self.qkv = laid_out(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = laid_out(attention.o_proj)
+        self.gate_up = laid_out(mlp.gate_proj, mlp.up_proj)
+        self.down = laid_out(mlp.down_proj)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, index: int) -> None:
+        """Add to the residual stream x (T, D), in place."""
+        N = self.queries
+        K = self.keys
+        qkv = self.qkv(rms_norm(x, x.shape[-1:], self.input_norm, self.eps))
+        qkv = qkv.view(-1, N + 2 * K, self.head_dim)
+        qk = rotate(qkv[:, : N + K], cos, sin)
+        y = context.attend(index, qk[:, :N], qk[:, N:], qkv[:, N + K :])
+        x += self.o(y.flatten(1))
+        gate, up = self.gate_up(rms_norm(x, x.shape[-1:], self.mlp_norm, self.eps)).chunk(2, dim=-1)
+        x += self.down(silu(gate).mul_(up))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate` of llama/model/rope.py, in fewer operations. x (T, heads, H), cos (T, 1, H), sin (T, 1, H/2)."""
+    first, second = x.chunk(2, dim=-1)
+    y = x * cos
+    y_first, y_second = y.chunk(2, dim=-1)
+    y_first.addcmul_(second, sin, value=-1)
+    y_second.addcmul_(first, sin)
+    return y
