@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama.boundary.durable import sync, write_durably
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.untrusted import inside, read_json
 from llama.data.chat_template import chat_templates
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_folder import CHAT_TEMPLATES
+from llama.storage.manifest import checkpoint_at
 
 CARD, CHAT_TEMPLATE = "README.md", "chat_template.jinja"
 GENERATION, SETTINGS, SPECIAL = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -132,7 +133,11 @@ NO_COMPANIONS = Companions()
 
 def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str | None = None) -> Companions:
     """Those of a base that an adapter is merged into: the adapter's folder may hold a tokenizer's files, too, which say
-    what its answers end in and how its prompts are built. Raises UserError where the base has no such end token."""
+    what its answers end in and how its prompts are built; for a checkpoint its run says it. Raises UserError where the
+    base has no such end token."""
+    saved = checkpoint_at(folder)
+    if saved:
+        return Companions.of(tokenizer, config_json, *learned_prompts(saved, tokenizer), card)
     names = [name for name in (SETTINGS, CHAT_TEMPLATE) if (folder / name).exists()]
     files = [folder / name for name in names if inside(folder, name, "")]
     eos = _read_if_among(files, SETTINGS).get("eos_token")
@@ -141,6 +146,22 @@ def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str 
         raise UserError(f"{folder / SETTINGS}: eos_token is {eos!r:.100}, expected a control token of the base")
     end_of_turn = None if eos is None else tokenizer.control_id(eos)
     return Companions.of(tokenizer, config_json, chat_templates(files).get("default"), end_of_turn, card)
+
+
+def learned_prompts(saved: Path, tokenizer: Tokenizer) -> tuple[str | None, int | None]:
+    """The chat template that the run of a checkpoint has trained, and the id that ends its answers; None where its
+    run.json does not tell. Raises UserError where that is not what a run writes."""
+    path = saved.parents[1] / "run.json"
+    if not path.is_file():
+        return None, None
+    with as_user_error(path, "what a run writes"):
+        prompt = read_json(path.parent, path.name).get("prompt", {})
+        chat_template, end_of_turn = prompt.get("chat_template"), prompt.get("end_of_turn")
+        if not isinstance(chat_template, str | None):
+            raise TypeError(f"chat_template is {chat_template!r:.60}")
+        if end_of_turn is not None and (type(end_of_turn) is not int or end_of_turn not in range(tokenizer.vocab_size)):
+            raise TypeError(f"end_of_turn is {end_of_turn!r:.60}")
+    return chat_template, end_of_turn
 
 
 def _read_if_among(files: Sequence[Path], name: str) -> dict:

@@ -14,7 +14,7 @@ from llama.data.chat import Chat, Renderer
 from llama.data.tokenizer_folder import eos_ids, read_if_there
 from llama.generation.settings import GenerationSettings
 from llama.storage.base import Base
-from llama.storage.companions import GENERATION, of_adapter
+from llama.storage.companions import GENERATION, learned_prompts, of_adapter
 
 EOS_FILES = ("config.json", GENERATION)
 # transformers looks at the first only if do_sample is true (for us a temperature above 0 says so), at the others only
@@ -30,8 +30,8 @@ HARMLESS = {
 
 def stop_ids(base: Base, template: Renderer | None = None, adapter: str | Path | None = None) -> frozenset[int]:
     """The ids that end an answer: the tokenizer's end token, every eos_token_id of config.json and
-    generation_config.json, the end of a turn where `template` is a chat layout, and what the files in the folder of an
-    `adapter` name as well.
+    generation_config.json, the end of a turn where `template` is a chat layout, what the run of a checkpoint has
+    learned, and what the files in the folder of an `adapter` name as well.
 
     Raises UserError for an eos_token_id that is no whole number, nor a list of them, and for an adapter whose answers
     end in a token that the base does not have.
@@ -43,6 +43,10 @@ def stop_ids(base: Base, template: Renderer | None = None, adapter: str | Path |
                 found.update(eos_ids(Path(folder), name))
     if isinstance(template, Chat):
         found.add(template.end_of_turn(base.tokenizer))
+    if base.checkpoint:
+        _, end_of_turn = learned_prompts(base.checkpoint, base.tokenizer)
+        if end_of_turn is not None:
+            found.add(end_of_turn)
     if adapter is not None:
         found.update(of_adapter(Path(adapter), base.tokenizer, base.config_json).eos_ids)
     return frozenset(found)

@@ -6,6 +6,7 @@ It names no path of the machine that trained, except the base as --model gave it
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from llama.boundary.untrusted import read_json, read_text
 from llama.data.chat import Renderer
 from llama.data.chat_template import spelled_out
 from llama.data.sources import PUBLIC_DATASETS, DataSettings
-from llama.data.templates import Template
+from llama.data.templates import TEMPLATES, Template
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.score import answer_ids
 from llama.storage.base import Base
 from llama.storage.companions import CARD, Companions, of_adapter
-from llama.storage.manifest import Manifest
+from llama.storage.manifest import Manifest, checkpoint_at, read_manifest
 from llama.training.journal import read_metrics
 from llama.training.settings import HowToTrain, WhatToTrain, WhereToTrain
 
@@ -70,37 +71,38 @@ def companions_of_run(run: dict, identity: dict, base: Base, held_out: dict[str,
     `run`: the content of its run.json; `identity`: that of its plan and checkpoints; `held_out`: metrics on held-out
     data, {"before training": ..., ...}.
     """
-    prompt, is_adapter = run["prompt"], identity["lora"] is not None
+    is_adapter = identity["lora"] is not None
     name = _name(base.name) if base.folder else "a small Llama from random weights"
     data = "the bundled sample of made-up reviews" if identity["bundled_sample"] else _name(identity["data"])
-    sections = {
-        LOADING: _fenced(_loading(prompt, base.name if is_adapter else None), "python"),
-        PROMPTS: _prompts(prompt),
-        TRAINING: _training(run, identity, held_out),
-    }
+    loading = _loading(run["prompt"], base.name if is_adapter else None), _commands(run["prompt"], identity)
+    sections = {LOADING: _loading_section(*loading), **_sections(run, identity, held_out)}
     title = f"{'A LoRA adapter for ' if is_adapter else ''}{name}, trained on {data}"
     card = _card(base, is_adapter, title, sections, _hub_name(identity))
-    return Companions.of(base.tokenizer, base.config_json, prompt["chat_template"], prompt["end_of_turn"], card)
+    learned = run["prompt"]["chat_template"], run["prompt"]["end_of_turn"]
+    return Companions.of(base.tokenizer, base.config_json, *learned, card)
 
 
 def companions_of_checkpoint(run: Path, base: Base, manifest: Manifest) -> Companions:
     """The same for one checkpoint of a run, as far as the run's folder tells. Raises UserError for a run.json that is
     not what a run writes."""
-    about = read_json(run, RUN) if (run / RUN).exists() else {}
+    about = _about(run)
     if "prompt" not in about:
         return Companions.of(base.tokenizer, base.config_json)
-    lines = read_metrics(run / "metrics.jsonl")
-    before: dict = next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
     with as_user_error(run / RUN, "what a run writes"):
-        held_out = {"before training": before, f"after step {manifest.step}": manifest.held_out}
-        return companions_of_run(about, manifest.identity, base, held_out)
+        return companions_of_run(about, manifest.identity, base, _held_out(run, manifest))
 
 
 def companions_of_merge(base: Base, adapter: Path) -> Companions:
     """What the export of a base with an adapter folded in writes beside the weights. Raises UserError where the
     adapter's folder holds what does not fit the base."""
     sections = {LOADING: _fenced(LOAD_MODEL, "python")}
-    if (adapter / CARD).is_file():
+    saved = checkpoint_at(adapter)
+    about = _about(saved.parents[1]) if saved else {}
+    if saved and "prompt" in about:
+        run, manifest = saved.parents[1], read_manifest(saved)
+        with as_user_error(run / RUN, "what a run writes"):
+            sections |= _sections(about, manifest.identity, _held_out(run, manifest))
+    elif (adapter / CARD).is_file():
         parts = re.split(rf"^## ({LOADING}|{PROMPTS}|{TRAINING})$", read_text(adapter / CARD), flags=re.MULTILINE)
         found = dict(zip(parts[1::2], parts[2::2], strict=True))
         sections |= {title: found[title].strip() for title in (PROMPTS, TRAINING) if title in found}
@@ -113,6 +115,7 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
 
     example:   a whole example: a template's own text, or a short conversation with its control tokens
     prompt:    what comes before the answer, with {field} for a field of the row; None for a chat
+    fields:    the fields of a row that it holds
     answers:   {answer word: its first token}; {} where answers are free text
     chat_template and end_of_turn as in `Companions.of`
     """
@@ -120,7 +123,8 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
     if isinstance(template, Template):
         pieces = [piece for span in template.alternatives[0] if not span.answer for piece in span.pieces]
         texts = [piece if isinstance(piece, str) else f"{{{piece.name}}}" for piece in pieces]
-        about |= {"chat_template": None, "end_of_turn": tokenizer.eos_id}
+        names = dict.fromkeys(piece.name for piece in pieces if not isinstance(piece, str))
+        about |= {"chat_template": None, "end_of_turn": tokenizer.eos_id, "fields": list(names)}
         return about | {"example": template.source, "prompt": "".join(texts)}
     segments, _ = template.render({"messages": SAMPLE_CHAT}, "the model card")
     about |= {"chat_template": template.chat_template(tokenizer), "end_of_turn": template.end_of_turn(tokenizer)}
@@ -162,6 +166,47 @@ def _loading(prompt: dict, base_of_adapter: str | None) -> str:
         parts.append(TEXT.format(prompt=json.dumps(prompt["prompt"], ensure_ascii=False)))
         parts.append(CHOOSE.format(answers=json.dumps(prompt["answers"])) if prompt["answers"] else WRITE)
     return "".join(parts)
+
+
+def _loading_section(code: str, commands: str) -> str:
+    ours = "The scripts that trained it use it, too; FOLDER is this folder:"
+    return f"{_fenced(code, 'python')}\n\n{ours}\n\n{_fenced(commands, 'bash')}"
+
+
+def _commands(prompt: dict, identity: dict) -> str:
+    """Commands that ask the exported model something, with the prompts that it was trained on."""
+    model = "--model FOLDER"
+    if identity["lora"] is not None:
+        rounded = "" if identity["quantize"] == "none" else f" --quantize {identity['quantize']}"
+        model = f"--model {shlex.quote(identity['model'])} --adapter FOLDER{rounded}"
+    if prompt["prompt"] is None:
+        return f"python generate.py {model} --chat"
+    name = identity["template"]
+    template = f"--template {name if name in TEMPLATES else 'template.txt'}"
+    row = json.dumps(dict.fromkeys(prompt.get("fields", []), "..."), ensure_ascii=False)
+    lines = [f"echo {shlex.quote(row)} > rows.jsonl"]
+    if name not in TEMPLATES:
+        lines.insert(0, "# template.txt holds the text under Prompts")
+    if prompt["answers"]:
+        lines.append(f"python evaluate.py {model} {template} --data rows.jsonl --predictions answers.jsonl")
+    else:
+        lines.append(f"python generate.py {model} {template} --prompts rows.jsonl")
+    return "\n".join(lines)
+
+
+def _sections(run: dict, identity: dict, held_out: dict[str, dict]) -> dict[str, str]:
+    return {PROMPTS: _prompts(run["prompt"]), TRAINING: _training(run, identity, held_out)}
+
+
+def _about(run: Path) -> dict:
+    return read_json(run, RUN) if (run / RUN).exists() else {}
+
+
+def _held_out(run: Path, manifest: Manifest) -> dict[str, dict]:
+    """The metrics of a checkpoint, and those before training."""
+    lines = read_metrics(run / "metrics.jsonl")
+    before: dict = next((line["held_out"] for line in lines if line["step"] == 0 and "held_out" in line), {})
+    return {"before training": before, f"after step {manifest.step}": manifest.held_out}
 
 
 def _prompts(prompt: dict) -> str:
