@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import same
 from safetensors.torch import load_file
+from sharded import whole
 
 import checkpoints
 from llama.boundary.errors import UserError
 from llama.model import Llama
+from llama.parallel.processes import join
 from llama.storage.base import TINY, Base
 from llama.storage.checkpoint import Saver
 from llama.storage.manifest import Manifest, published, read_manifest
 from llama.storage.peft import Adapter, read_adapter
 from llama.training.optim import build_adamw
 from llama.training.state import training_state
-from lora import Changes
+from lora import Changes, open_model
 
 # What checkpoints.py reads of a run's identity.
 IDENTITY = {"model": "tiny", "base": None, "seed": 3, "quantize": "none", "train_layers": "all", "lora": None}
@@ -160,6 +163,50 @@ def test_a_checkpoint_of_an_adapter_exports_the_adapter(tmp_path, call):
         assert torch.equal(weights[their_name], tensor)
 
 
+def weights_of(base: Base, **changes) -> dict[str, torch.Tensor]:
+    """Of the model that evaluate.py and generate.py would use."""
+    with join() as process:
+        model = open_model(base, Changes(train_layers="none", **changes), process, torch.float32)
+        return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("trained", ["all", "last:1,norm"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_a_checkpoint_opened_as_a_model_is_the_model_that_it_exports_to(tmp_path, call, trained, kind):
+    """R24: also packed, and also where frozen weights come from the base."""
+    run = save_run(tmp_path / "run", [1, 2], train_layers=trained)
+    call("export", run, tmp_path / "out", "--dtype", "float32")
+    saved = Base.pretrained(str(run / "checkpoints/step-000002"))
+    if kind == "nf4" and trained != "all":
+        with pytest.raises(UserError, match="--quantize: only weights from files are rounded"):
+            weights_of(saved, quantize=kind)
+        return
+    assert same(weights_of(saved, quantize=kind), weights_of(Base.pretrained(str(tmp_path / "out")), quantize=kind))
+    with pytest.raises(UserError, match="has no config.json, .*checkpoints.py export RUN OUT --step step-N"):
+        Base.open(str(run / "checkpoints/step-000002"))  # nothing is trained on a folder that a run may delete
+
+
+def test_an_adapters_checkpoint_on_its_base_is_the_adapter_that_it_exports_to(tmp_path, call):
+    """R24, C37."""
+    save_run(tmp_path / "tiny", [1])
+    call("export", tmp_path / "tiny", tmp_path / "base")
+    base = Base.pretrained(str(tmp_path / "base"))
+    run = save_run(tmp_path / "run", [1, 2], lora=LORA, quantize="nf4", model=base.name, base=base.fingerprint)
+    call("export", run, tmp_path / "out")
+    found = []
+    for folder in (run / "checkpoints/step-000002", tmp_path / "out"):
+        found.append(weights_of(base, quantize="nf4", adapter=read_adapter(folder), adapter_folder=str(folder)))
+    assert same(*found) and any("lora_magnitude" in name for name in found[0])
+    with pytest.raises(UserError, match="step-000001: holds an adapter, expected a model; give it as --adapter"):
+        Base.pretrained(str(run / "checkpoints/step-000001"))
+    with pytest.raises(UserError, match="step-000001: holds a model, expected an adapter; give it as --model"):
+        read_adapter(tmp_path / "tiny/checkpoints/step-000001")
+    weights = run / "checkpoints/step-000002/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="model.safetensors: damaged: .* bytes.*; the one before it is step-000001"):
+        weights_of(base, quantize="nf4", adapter=read_adapter(weights.parent), adapter_folder=str(weights.parent))
+
+
 def test_an_export_needs_the_weights_that_the_run_began_with(tmp_path, call):
     """R7, R17: another base under the same path, a base that has moved, a name that is taken, a damaged checkpoint."""
     save_run(tmp_path / "tiny", [1])
@@ -170,7 +217,8 @@ def test_an_export_needs_the_weights_that_the_run_began_with(tmp_path, call):
         with pytest.raises(UserError, match="exists already"):
             call("export", run, name)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="base: no such folder"):
+    way_out = r"if it has moved: python checkpoints.py export .*run OUT --step step-000001 --model FOLDER"
+    with pytest.raises(UserError, match=rf"base: no such folder.*; {way_out}"):
         call("export", run, tmp_path / "out")
     call("export", run, tmp_path / "out", "--model", tmp_path / "moved")
     shutil.rmtree(tmp_path / "out")
