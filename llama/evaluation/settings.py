@@ -13,9 +13,11 @@ from llama.generation.settings import GenerationSettings
 class ModelSettings(Settings):
     """which model"""
 
-    model: str = setting(help="a Hugging Face folder, a hub id, or the folder of a run: its model, or adapter and base")
+    model: str = setting(
+        help="a Hugging Face folder, a hub id, a checkpoint, or the folder of a run: its model, or adapter and base"
+    )
     adapter: str | None = setting(
-        None, "put this LoRA adapter on the model: a folder in PEFT's format, or the folder of a run"
+        None, "put this LoRA adapter on the model: a folder in PEFT's format, a checkpoint, or the folder of a run"
     )
     quantize: str = setting(
         "none", "round the linears to 8 or 4 bits, as an adapter was trained over", choices=("none", *QUANTIZED)

@@ -16,7 +16,9 @@ class MergeSettings(Settings):
     """what to merge"""
 
     model: str = setting(help="the base: a Hugging Face folder, or a hub id")
-    adapter: str = setting(help="folder with adapter_config.json and adapter_model.safetensors, or the folder of a run")
+    adapter: str = setting(
+        help="folder with adapter_config.json and adapter_model.safetensors, a checkpoint, or the folder of a run"
+    )
     output: str = setting(help="the Hugging Face folder to write")
     quantize: str = setting("none", "what the adapter's base was rounded to in training", choices=("none", *QUANTIZED))
     dtype: str | None = setting(None, "of the weights; default: the base's", choices=WEIGHT_DTYPES)

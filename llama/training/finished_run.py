@@ -9,7 +9,7 @@ from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.records import check_values
 from llama.boundary.untrusted import read_json
-from llama.data.sources import PUBLIC_DATASETS
+from llama.data.sources import PUBLIC_DATASETS, DataSettings
 from llama.storage.manifest import checkpoint_at, find, read_manifest
 
 RUN, MODEL, ADAPTER = "run.json", "model", "adapter"
@@ -146,7 +146,11 @@ def _with_adapter(settings: OfScript, adapter: Left) -> OfScript:
 
 def _with_prompts(settings: OfScript, left: Left) -> OfScript:
     """The run's template and what else shapes its prompts; another public data set has a template of its own."""
-    defaults = {entry.name: entry.default for entry in fields(settings) if entry.name in HOW_PROMPTS_LOOK}
+    defaults = {}
+    for entry in fields(settings):
+        # generate.py's --max_length, which is open by default, also counts the answer that is to be written.
+        if entry.name in HOW_PROMPTS_LOOK and entry.default == getattr(DataSettings, entry.name):
+            defaults[entry.name] = entry.default
     data_set = str(getattr(settings, "data", "")).partition(":")[0]
     if data_set in PUBLIC_DATASETS and data_set != str(left.settings.get("data")).partition(":")[0]:
         return settings

@@ -9,7 +9,7 @@ from small_checkpoints import small_state
 
 from llama.boundary.errors import UserError
 from llama.boundary.records import Settings, setting
-from llama.evaluation.settings import EvaluationSettings
+from llama.evaluation.settings import EvaluationSettings, GenerateSettings
 from llama.storage.checkpoint import Saver
 from llama.storage.settings import MergeSettings
 from llama.training.finished_run import from_runs
@@ -120,6 +120,8 @@ def test_a_script_gets_only_the_settings_that_it_has(tmp_path):
     """C12."""
     run = make_run(tmp_path / "run", "model", template="mine.txt", max_length=99)
     assert from_runs(OfScript(model=str(run))) == OfScript(model=str(run / "model"), template="mine.txt")
+    run = make_run(tmp_path / "long", "model", max_length=99)
+    assert from_runs(GenerateSettings(model=str(run), prompt="Hi")).max_length is None  # it counts the answer, too
     merge = MergeSettings(model=str(run), adapter="a", output="out")
     assert from_runs(merge) == replace(merge, model=str(run / "model"))
 
