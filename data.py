@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +23,12 @@ from llama.boundary.errors import UserError, as_user_error, printable
 from llama.boundary.hub import find_model
 from llama.boundary.records import setting
 from llama.data.charts import Splits, draw
-from llama.data.chat import Chat, Renderer
+from llama.data.chat import Renderer
 from llama.data.examples import EncodedData, encode_file
 from llama.data.formats import find_template
 from llama.data.sources import HELD_OUT, TINY_TOKENIZER, DataSettings, Source, resolve
 from llama.data.tokenizer import Tokenizer
 from llama.data.tokenizer_files import load_tokenizer
-from llama.data.unlabelled import UnlabelledTemplate
 
 TABLE_ROW = "{name:8}{examples:10}{tokens:12}{labels:10}{mean:8.1f}{p50:7.0f}{p95:7.0f}{max:7}{cut:8.1%}"
 HELD_OUT_SEED = 0  # not the run's seed: runs with different seeds are tested on the same examples
@@ -129,20 +129,19 @@ class DataSet:
 
 
 def load_data(
-    settings: DataSettings, tokenizer: Tokenizer, use_hub: bool = True, splits=("train", "test"), predict: bool = False
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    use_hub: bool = True,
+    splits=("train", "test"),
+    adapt: Callable[[Renderer], Renderer] = lambda template: template,
 ) -> DataSet:
-    """Encode the `splits` of the data set that the settings name. `predict`: rows may lack their answer word.
+    """Encode the `splits` of the data set that the settings name. `adapt` may change how the template reads a row.
 
     Every process calls this, and no process waits in a collective: the first on a machine encodes, the others wait for
     its cache. Raises UserError where there is no such data, and BadRows where rows cannot be used.
     """
     source = resolve(settings.data, settings.data_dir, use_hub)
-    template = find_template(settings.template, source, tokenizer, settings.system)
-    if predict:
-        if isinstance(template, Chat) or not template.answers:
-            found = f"the template {template.name}, whose answers are free text (no text is generated yet)"
-            raise UserError(f"--predictions: expected a template with answer words, such as imdb; found {found}")
-        template = UnlabelledTemplate(template)
+    template = adapt(find_template(settings.template, source, tokenizer, settings.system))
     limits = (settings.max_length, settings.truncate_side, source.category, settings.skip_bad_rows)
     fraction = settings.test_fraction
     if "test" in source.files:

@@ -1,9 +1,12 @@
-"""Score a model folder on a data set: accuracy of the answer word, loss of the answers, or perplexity of all the text.
+"""Score a model on a data set or a text: how often it is right, how well it predicts, or what it writes.
 
     python evaluate.py --model runs/imdb-tiny/model --data imdb --data_dir assets/imdb_sample
     torchrun --nproc_per_node 4 evaluate.py --model DIR --data imdb --data_dir DIR --limit 1000 --output result.json
+    python evaluate.py --model DIR --data dolly:open_qa --metric rouge --max_new_tokens 128
+    python evaluate.py --model DIR --data wiki.txt --metric perplexity --max_length 1024 --stride 512
 
-Every example is scored exactly once. The number of ranks and the batch size do not change the result.
+Every example is scored exactly once. The number of ranks and the batch size do not change the result, which says with
+each number how sure it is: its 95 % interval.
 """
 
 from llama.boundary.command_line import announce, parse, run
@@ -14,21 +17,33 @@ if __name__ == "__main__":  # --help and mistyped flags need not wait until torc
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data
 from llama.boundary.errors import UserError, reason
+from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
+from llama.data.options import OptionsTemplate
+from llama.data.prompting import Room, read_prompts
 from llama.data.sources import PUBLIC_DATASETS
-from llama.data.tokenizer import Tokenizer
-from llama.evaluation.score import answer_ids, evaluate
-from llama.parallel.collectives import gather
+from llama.data.templates import Template
+from llama.data.unlabelled import UnlabelledTemplate
+from llama.evaluation.answers import Answers, note_missing_labels
+from llama.evaluation.choices import Choices, read_questions
+from llama.evaluation.exact_match import ExactMatch
+from llama.evaluation.outcome import Metric
+from llama.evaluation.rouge import Rouge
+from llama.evaluation.score import sample_indices
+from llama.evaluation.settings import GENERATING
+from llama.evaluation.text_perplexity import TextPerplexity
+from llama.evaluation.written import Written
 from llama.parallel.processes import compute_dtype, join
 from llama.storage.base import Base
+from llama.storage.generation_config import stop_ids
 from llama.storage.peft import adapter_notes, read_adapter
 from llama.training.finished_run import from_runs
 from lora import Changes, open_model
@@ -37,36 +52,75 @@ from lora import Changes, open_model
 def main() -> None:
     settings = from_runs(parse(EvaluationSettings, description=__doc__))
     base = Base.pretrained(settings.model, settings.max_length, settings.control_tokens)
-    found, data, split = read(settings, base)
-    words = answer_ids(found.template, base.tokenizer) if settings.metric in (None, "accuracy") else None
-    metric = settings.metric or ("accuracy" if words else "loss")
-    if metric == "perplexity":
-        data = data.labelling_prompts()
+    metric, about = of_text(settings, base) if settings.is_text else of_rows(settings, base)
     adapter = read_adapter(settings.adapter) if settings.adapter else None
     announce([*base.notes, *adapter_notes(settings.adapter)])
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
     with join() as process:
-        model = open_model(base, changes, process, compute_dtype(settings.dtype, process.device))
+        dtype = compute_dtype(settings.dtype, process.device)
+        model = open_model(base, changes, process, dtype)
         began = time.perf_counter()
-        metrics, predicted = evaluate(model, data, process, settings.batch_size, settings.limit, words or None)
+        outcome = metric.score(model, process)
         seconds = time.perf_counter() - began
-        probabilities = {i: list(scored.probabilities) for part in gather(predicted) for i, scored in part.items()}
         if not process.is_rank_zero:
             return
-        if metric == "perplexity":
-            metrics["perplexity"] = float(np.exp(metrics["loss"]))
-        result = describe(settings, found, data, split) | {"ranks": process.world_size} | metrics
-        if settings.predictions:
-            result["without_label"] = len(probabilities) - metrics["n"]
-            note_missing_labels(metrics["n"], result["without_label"])
-        count = len(probabilities) or metrics["n"]
-        result |= {"seconds": round(seconds, 3), "examples_per_second": count / seconds}
+        count = outcome.values["n"] + outcome.values.get("without_label", 0)
+        result = about | metric.about | {"dtype": str(dtype).removeprefix("torch."), "ranks": process.world_size}
+        result |= outcome.as_json() | {"seconds": round(seconds, 3), "examples_per_second": count / seconds}
         if settings.output:
             write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
-            lines = prediction_lines(found, data, probabilities, base.tokenizer)
-            write("predictions", settings.predictions, lines)
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in outcome.lines]
+            write("predictions", settings.predictions, "".join(lines))
+        note_missing_labels(outcome.values["n"], outcome.values.get("without_label", 0))
+        announce([outcome.headline()])
         print(json.dumps(result, indent=2))  # last: nobody may be there to read it
+
+
+def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
+    """The perplexity of a text file, and what it is of, for the result."""
+    stride = settings.stride or settings.max_length // 2
+    path = Path(settings.data)
+    metric = TextPerplexity(path, base.tokenizer, settings.max_length, stride, settings.batch_size, settings.limit)
+    return metric, describe(settings, "perplexity")
+
+
+def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
+    """A metric on the examples of a data set, and what it is of, for the result."""
+    found, data, split = read(settings, base)
+    name = settings.metric or ("accuracy" if found.template.answers else "loss")
+    refuse_misfit(name, found.template)
+    about = describe(settings, name) | {
+        "template": found.template.name,
+        "bundled_sample": found.source.bundled_sample,
+        "split": split,
+        "held_out": found.held_out if split else None,
+        "bad_rows": data.bad_row_count,
+    }
+    rows = set(data.rows[sample_indices(len(data), settings.limit)].tolist())
+    paths = found.source.files["test" if split == "test" and not found.held_out else "train"]
+    if name in GENERATING:
+        return written(settings, base, found, paths, rows), about
+    if isinstance(found.template, OptionsTemplate):
+        limits = (settings.max_length, settings.truncate_side)
+        questions = read_questions(paths, rows, found.template, base.tokenizer, *limits)
+        return Choices(questions, base.tokenizer, settings.batch_size), about
+    answers = Answers(name, data, found.template, base.tokenizer, settings.batch_size, settings.limit)
+    return answers, about
+
+
+def written(
+    settings: EvaluationSettings, base: Base, found: DataSet, paths: tuple[Path, ...], rows: set[int]
+) -> Written:
+    """The prompts of these rows, for a metric of what the model writes."""
+    comparison = Rouge() if settings.metric == "rouge" else ExactMatch()
+    positions = base.config.max_position_embeddings
+    cut_to = max(1, min(settings.max_length, positions - settings.max_new_tokens))
+    room = Room(cut_to, max(1, positions - 1), settings.truncate_side)
+    read = read_prompts(paths, found.template, base.tokenizer, room, found.source.category, settings.skip_bad_rows)
+    prompts = [prompt for prompt in read.prompts if prompt.row in rows and prompt.reference is not None]
+    stops = stop_ids(base, found.template, settings.adapter)
+    return Written(comparison, prompts, base.tokenizer, settings, stops, settings.batch_size)
 
 
 def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData, str | None]:
@@ -77,60 +131,48 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     )
     split = "train" if is_whole else settings.split
     data_settings = replace(settings, test_fraction=0.0) if is_whole else settings
-    found = load_data(data_settings, base.tokenizer, splits=(split,), predict=settings.predictions is not None)
+    found = load_data(data_settings, base.tokenizer, splits=(split,), adapt=adaptation(settings))
     data = found.train if split == "train" else found.test
     if data is None:
         parts = ", ".join(found.source.files)
         raise UserError(f"--split {split}: {settings.data} has no such part, only {parts}")
     announce(found.warnings())
-    if not found.template.answers and settings.metric == "accuracy":
-        raise UserError(f"--metric accuracy: expected a template with answer words, found {found.template.name}")
     return found, data, None if is_whole else split
 
 
-def describe(settings: EvaluationSettings, found: DataSet, data: EncodedData, split: str | None) -> dict:
+def adaptation(settings: EvaluationSettings) -> Callable[[Renderer], Renderer]:
+    """How the template is to read rows for this metric."""
+
+    def adapt(template: Renderer) -> Renderer:
+        if settings.metric == "multiple_choice":
+            return OptionsTemplate(template)
+        if settings.predictions and settings.metric in (None, "accuracy") and isinstance(template, Template):
+            return UnlabelledTemplate(template) if template.answers else template
+        return template
+
+    return adapt
+
+
+def refuse_misfit(name: str, template: Renderer) -> None:
+    """Raises UserError for a metric that says nothing about the answers of this template."""
+    if name == "accuracy" and not template.answers:
+        raise UserError(f"--metric accuracy: expected a template with answer words, found {template.name}")
+    if name in GENERATING and template.answers:
+        found = f"found {template.name}, whose answers are words: --metric accuracy and multiple_choice are for these"
+        raise UserError(f"--metric {name}: expected a template whose answers are free text, {found}")
+
+
+def describe(settings: EvaluationSettings, metric: str) -> dict:
     """What was scored, for the result."""
     return {
+        "metric": metric,
         "model": settings.model,
         "adapter": settings.adapter,
         "quantize": settings.quantize,
         "data": settings.data,
-        "template": found.template.name,
-        "bundled_sample": found.source.bundled_sample,
-        "split": split,
-        "held_out": found.held_out if split else None,
-        "bad_rows": data.bad_row_count,
+        "limit": settings.limit,
+        "max_length": settings.max_length,
     }
-
-
-def note_missing_labels(labelled: int, unlabelled: int) -> None:
-    if unlabelled:
-        scored = f"loss and accuracy are of the other {labelled}" if labelled else "nothing is scored"
-        announce([f"rows without a label: {unlabelled}; they are predicted, and {scored}"])
-
-
-def prediction_lines(
-    found: DataSet, data: EncodedData, probabilities: dict[int, list[float]], tokenizer: Tokenizer
-) -> str:
-    """A JSON line for each predicted example: its row in the file, the prompt as the model read it, the most probable
-    answer word, the probability of each, and the right one where the row has it."""
-    answers = [answer.strip() for answer in found.template.answers]
-    lines = []
-    for i in sorted(probabilities):
-        ids, is_answer = data[i]
-        of_words = dict(zip(answers, probabilities[i], strict=True))
-        prediction = max(of_words, key=lambda word: of_words[word])
-        line = {
-            "row": int(data.rows[i]),
-            "prompt": tokenizer.decode(ids[~is_answer]),
-            "prediction": prediction,
-            "probability": of_words[prediction],
-            "probabilities": of_words,
-        }
-        if data.answers[i] >= 0:
-            line["answer"] = answers[data.answers[i]]
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
 
 
 def write(flag: str, path: str, text: str) -> None:

@@ -95,7 +95,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         found = [(entry.name, expected_instead(entry, getattr(self, entry.name))) for entry in fields(self)]
-        found += [(name, expected) for name, expected, is_so in self.checks() if not is_so]
+        out_of_range = {name for name, expected in found if expected}
+        found += [(name, expected) for name, expected, is_so in self.checks() if not is_so and name not in out_of_range]
         wrong = [f"--{name} {getattr(self, name)!s:.200}: expected {expected}" for name, expected in found if expected]
         if wrong:
             raise UserError(f"{Path(sys.argv[0]).name}: {'; '.join(wrong)}")

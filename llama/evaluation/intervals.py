@@ -56,7 +56,7 @@ def bootstrap(
     """The interval of sum(totals) / sum(weights), where each `unit` has a total and a weight (without `weights`: 1).
 
     n units are drawn with replacement from the n there are, RESAMPLES times; the interval leaves out 2.5 % of the
-    ratios at either end. None for fewer than two units, which say nothing of their spread.
+    ratios at either end. None for fewer than two units, and for units that are all alike: they say nothing of a spread.
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     n = len(totals)
@@ -73,4 +73,6 @@ def bootstrap(
             ratios.append(numerators[drawn].sum() / denominator)
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [outside, 1 - outside])
+    if low == high:
+        return None
     return Interval(float(low), float(high), BOOTSTRAP.format(unit=unit))

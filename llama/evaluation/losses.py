@@ -1,9 +1,13 @@
 """The loss of each example of a batch, where one sum over the batch would not do."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from llama.data.batches import Batch
+from llama.data.examples import EncodedData
 from llama.model import Llama
 
 MOST_LOGITS = 1 << 27  # that exist at the same time: 512 MB in fp32
@@ -34,3 +38,24 @@ def sums_of_examples(losses: Tensor, batch: Batch) -> Tensor:
     labels = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=losses.device)
     examples = torch.arange(len(labels), device=losses.device).repeat_interleave(labels)
     return losses.new_zeros(len(labels), dtype=torch.float64).index_add_(0, examples, losses.double())
+
+
+def in_memory(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedData:
+    """Examples (ids, which of them are labels) that are in no file, as `pack` takes them."""
+    lengths = np.array([len(ids) for ids, _ in examples], np.int64)
+    stops = lengths.cumsum()
+    nothing = np.zeros(len(examples), np.int64)
+    return EncodedData(
+        tokens=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)]),
+        is_answer=np.concatenate([np.zeros(0, np.bool_), *(is_label for _, is_label in examples)]),
+        starts=stops - lengths,
+        stops=stops,
+        label_counts=np.array([is_label.sum() for _, is_label in examples], np.int64),
+        answers=nothing - 1,
+        rows=nothing,
+        was_cut=nothing > 0,
+        crc=0,
+        bad_row_count=0,
+        first_bad_rows=[],
+        unused=[],
+    )

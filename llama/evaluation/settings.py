@@ -1,12 +1,17 @@
 """The flags of evaluate.py and generate.py: both use a model that is trained already."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from llama.boundary.choices import QUANTIZED
 from llama.boundary.records import Settings, setting
-from llama.data.rows import KINDS
+from llama.data.rows import KINDS, READERS
 from llama.data.sources import DataSettings, PromptSettings
 from llama.generation.settings import GenerationSettings
+
+GENERATING = ("rouge", "exact_match")  # metrics of what the model writes
+METRICS = ("accuracy", "loss", "perplexity", "multiple_choice", *GENERATING)
+OF_TEXTS = ("data", "max_length", "control_tokens")  # the settings of data that mean something for a text file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class ModelSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(ModelSettings, DataSettings):
+class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
     """what to score, and how"""
 
     split: str = setting(
@@ -41,31 +46,60 @@ class EvaluationSettings(ModelSettings, DataSettings):
         "which part to score; a single file is scored whole unless --test_fraction is given",
         choices=("train", "test"),
     )
-    limit: int = setting(0, "score a fixed random choice of this many examples; 0: all", at_least=0)
+    limit: int = setting(
+        0, "score a fixed random choice of this many examples, or the first windows of a text; 0: all", at_least=0
+    )
     metric: str | None = setting(
         None,
-        "accuracy: of the answer word; loss: of the answers; perplexity: of every token of the rendered text; accuracy "
-        "where there are answer words, else loss",
-        choices=("accuracy", "loss", "perplexity"),
+        "accuracy: of the answer word; loss: of the answers; perplexity: of every token of the rendered texts, or of a "
+        "text file; multiple_choice: by the likelihood of each whole answer word, or of each text of the rows' own "
+        'lists, as in {"question": "What is ice?", "choices": ["water", "iron"], "answer": 0}; rouge and exact_match: '
+        "the model writes an answer, which is compared with the row's; without this flag accuracy where there are "
+        "answer words, else loss",
+        choices=METRICS,
+    )
+    stride: int | None = setting(
+        None,
+        "by how many tokens each window of a text file goes on; a window has --max_length tokens; half of it where "
+        "nothing is said",
+        at_least=1,
     )
     batch_size: int = setting(16, "examples per rank and forward", at_least=1)
     output: str | None = setting(None, "write the metrics to this JSON file")
     predictions: str | None = setting(
         None,
-        "write one JSON line per example, in the order of the file: its row, prompt, most probable answer word and its "
-        "probability among the answer words; rows may lack their label; only for templates with answer words",
+        "write one JSON line per example, in the order of the file, from which the metric can be computed again: with "
+        "accuracy its row, prompt, most probable answer word and its probability among the answer words; then rows may "
+        "lack their label",
     )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data is a text file, not rows of examples."""
+        path = Path(self.data)
+        return self.metric in (None, "perplexity") and path.is_file() and not path.name.endswith(tuple(READERS))
 
     def checks(self):
         asked = self.predictions
+        generates = self.metric in GENERATING
         return [
             *super().checks(),
             ("output", "the name of a file", self.output != ""),
             ("predictions", "the name of a file", self.predictions != ""),
             ("predictions", "another file than --output", not asked or asked != self.output),
-            # Without answer words nothing is predicted, and the file would be empty.
-            ("predictions", "--metric accuracy with it", not asked or self.metric in (None, "accuracy")),
-        ]
+            ("stride", "a text file with --metric perplexity", self.stride is None or self.is_text),
+            ("split", "rows with it, and no text file", self.split == "test" or not self.is_text),
+            ("stride", "less than --max_length", self.stride is None or self.stride < self.max_length),
+            *((name, f"--metric {' or '.join(GENERATING)} with it", generates or not differs)
+              for name, differs in differing(self, GenerationSettings).items()),
+            *((name, "rows with it, and no text file", not (self.is_text and differs))
+              for name, differs in differing(self, DataSettings).items() if name not in OF_TEXTS),
+        ]  # fmt: skip
+
+
+def differing(settings: Settings, kind: type[Settings]) -> dict[str, bool]:
+    """Whether each setting of that kind differs from its default."""
+    return {entry.name: getattr(settings, entry.name) != entry.default for entry in fields(kind)}
 
 
 @dataclass(frozen=True, kw_only=True)

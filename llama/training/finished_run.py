@@ -145,7 +145,10 @@ def _with_adapter(settings: OfScript, adapter: Left) -> OfScript:
 
 
 def _with_prompts(settings: OfScript, left: Left) -> OfScript:
-    """The run's template and what else shapes its prompts; another public data set has a template of its own."""
+    """The run's template and what else shapes its prompts; another public data set has a template of its own, and a
+    text file has none."""
+    if getattr(settings, "is_text", False):
+        return settings
     defaults = {}
     for entry in fields(settings):
         # generate.py's --max_length, which is open by default, also counts the answer that is to be written.

@@ -212,7 +212,11 @@ TRAINING_FLAGS = DATA_FLAGS + """
     resume allow_changed log_every track config
 """
 MERGING_FLAGS = "model adapter output quantize dtype"
-EVALUATION_FLAGS = DATA_FLAGS + " model adapter quantize split limit metric batch_size dtype output predictions"
+EVALUATION_FLAGS = DATA_FLAGS + """
+    model adapter quantize split limit metric stride batch_size dtype output predictions
+    max_new_tokens temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size
+    num_beams length_penalty early_stopping seed
+"""
 
 GENERATING_FLAGS = """
     template truncate_side system control_tokens skip_bad_rows max_length model adapter quantize dtype
@@ -328,7 +332,10 @@ OUT_OF_RANGE = {
 OF_THE_OTHERS = {
     data.Settings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "show": [-1]},
     EvaluationSettings: {"max_length": [1, 0], "test_fraction": [-0.1, 1.0, float("nan")], "batch_size": [0],
-                        "limit": [-1]},
+                        "limit": [-1], "stride": [0], "max_new_tokens": [-1, (1 << 20) + 1],
+                        "temperature": [-0.1, 1000.1, float("nan")], "top_k": [-1], "top_p": [0.0, 1.1],
+                        "min_p": [-0.1, 1.1], "repetition_penalty": [0.0, float("inf")], "no_repeat_ngram_size": [-1],
+                        "num_beams": [0], "length_penalty": [float("nan"), float("inf")], "seed": [-1]},
 }
 EVERY_SCRIPT = {TrainingSettings: OUT_OF_RANGE} | OF_THE_OTHERS
 
@@ -361,8 +368,7 @@ def test_every_number_among_the_flags_has_a_range(settings):
     (TrainingSettings, {"batch_tokens": 600, "group_by_length": True}, "--batch_tokens 600: expected 0 with --gro"),
     (TrainingSettings, {"batch_tokens": 600, "max_length": 700}, "--batch_tokens 600: expected 0, or --max_length "),
     (EvaluationSettings, {"predictions": "a", "output": "a"}, "--predictions a: expected another file than --output"),
-    (EvaluationSettings, {"predictions": "a", "metric": "loss"}, "--predictions a: expected --metric accuracy with it"),
-], ids=["packs by length", "packs too short", "one file for two", "nothing predicted"])  # fmt: skip
+], ids=["packs by length", "packs too short", "one file for two"])  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings, flags, message):
     """R7: and each of them alone is fine."""
     with pytest.raises(UserError, match=rf"^example.py: {message}"):

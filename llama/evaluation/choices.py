@@ -1,0 +1,123 @@
+"""Multiple choice: which option a model finds the likeliest answer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llama.boundary.errors import UserError
+from llama.boundary.progress import Progress
+from llama.data.batches import pack
+from llama.data.encoding import encode_rows
+from llama.data.options import OptionsTemplate, Question, rows_of
+from llama.data.tokenizer import Tokenizer
+from llama.evaluation.intervals import wilson
+from llama.evaluation.losses import few_enough, in_memory, losses_of_examples
+from llama.evaluation.outcome import Outcome
+from llama.evaluation.score import own_batches
+from llama.model import Llama
+from llama.parallel.collectives import gather
+from llama.parallel.processes import Process
+
+# What the log-likelihood of an option is divided by, for each metric.
+LENGTHS = {"acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question of a file: its row's number, and the ids and labels of its prompt with each option."""
+
+    row: int
+    question: Question
+    examples: list[tuple[np.ndarray, np.ndarray]]
+    was_cut: bool
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        ids, is_label = self.examples[0]
+        return ids[~is_label].tolist()
+
+
+def read_questions(
+    paths: Sequence[Path],
+    numbers: Collection[int],
+    template: OptionsTemplate,
+    tokenizer: Tokenizer,
+    max_length: int,
+    side: str,
+) -> list[AskedQuestion]:
+    """The questions in the rows of these numbers, with ids by the functions of training: the prompt is cut alike before
+    each option. Raises UserError for a row of which an option does not fit."""
+    asked = []
+    for number, where, row in rows_of(paths, numbers):
+        question = template.question(row, where)
+        texts = [option.text for option in question.options]
+        longest = max(map(len, tokenizer.encode_batch(texts, starts_text=False)))
+        segments = [[*question.prompt, option] for option in question.options]
+        examples = []
+        was_cut = False
+        for encoded in encode_rows(segments, tokenizer, max_length, side, answer_room=longest):
+            if encoded is None:
+                raise UserError(f"{where}: an option does not fit into --max_length {max_length} tokens")
+            examples.append((np.array(encoded.ids, np.int32), np.array(encoded.is_answer)))
+            was_cut = encoded.was_cut
+        asked.append(AskedQuestion(number, question, examples, was_cut))
+    return asked
+
+
+class Choices:
+    """The share of questions whose right option has the highest score, as lm-eval defines it:
+
+        acc         log p(option | prompt), the sum over the option's tokens
+        acc_norm    log p(option | prompt) / characters of the option
+        acc_bytes   log p(option | prompt) / bytes of the option in UTF-8
+
+    The text that a template puts around an option is part of what is scored, and not of its length. Of two options with
+    the same score, the first one counts. https://blog.eleuther.ai/multiple-choice-normalization/
+    """
+
+    generates = False
+
+    def __init__(self, questions: Sequence[AskedQuestion], tokenizer: Tokenizer, batch_size: int):
+        self.questions = questions
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.about = {"cut_prompts": sum(question.was_cut for question in questions)}
+
+    def score(self, model: Llama, process: Process) -> Outcome:
+        likelihoods = self.log_likelihoods(model, process)
+        right = dict.fromkeys(LENGTHS, 0)
+        lines = []
+        for asked, of_options in zip(self.questions, likelihoods, strict=True):
+            question = asked.question
+            line = {"row": asked.row, "prompt": self.tokenizer.decode(asked.prompt_ids), "choices": question.texts}
+            line |= {"log_likelihoods": of_options, "answer": question.texts[question.right]}
+            for name, length in LENGTHS.items():
+                scores = [found / length(text) for found, text in zip(of_options, question.texts, strict=True)]
+                chosen = int(np.argmax(scores))
+                right[name] += int(chosen == question.right)
+                line["prediction" + name.removeprefix("acc")] = question.texts[chosen]
+            lines.append(line)
+        n = len(self.questions)
+        values = {name: count / n for name, count in right.items()}
+        return Outcome(values | {"n": n}, {name: wilson(count, n) for name, count in right.items()}, lines)
+
+    @torch.no_grad()
+    def log_likelihoods(self, model: Llama, process: Process) -> list[list[float]]:
+        """log p(option | prompt) of each option of each question, in nats."""
+        model.eval()
+        options = in_memory([example for asked in self.questions for example in asked.examples])
+        together = few_enough(self.batch_size, int(options.label_counts.max()), model.config.vocab_size)
+        mine = own_batches(range(len(options)), options.lengths, process, together)
+        own: dict[int, float] = {}
+        progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
+        for part in progress.over(mine):
+            batch = pack(options, part, process.device)
+            own |= zip(part, (-losses_of_examples(model, batch)).tolist(), strict=True)
+        found = {i: value for part in gather(own) for i, value in part.items()}
+        if not np.isfinite(list(found.values())).all():
+            raise UserError("the likelihood of an option is not finite: the model's weights are unusable")
+        values = iter(found[i] for i in range(len(options)))
+        return [[next(values) for _ in asked.examples] for asked in self.questions]

@@ -1,0 +1,136 @@
+"""Perplexity of a text of any length, by windows that overlap.
+
+    window 5, stride 2     tokens   0 1 2 3 4 5 6 7 8
+                           1st      . x x x x              .  read, and not scored
+                           2nd          . . . x x          x  scored
+                           3rd              . . . x x
+
+Every token but the first is scored exactly once. From the second window on, a token is scored with at least window -
+stride tokens before it; with a window for each token it would be scored with all that fit, at many times the work.
+This is the recipe of https://huggingface.co/docs/transformers/perplexity, but the sum of all losses is divided by the
+number of scored tokens, so that windows of different sizes weigh what they hold.
+"""
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from llama.boundary.errors import UserError
+from llama.boundary.progress import Progress
+from llama.data.batches import pack
+from llama.data.plain_text import token_pieces
+from llama.data.tokenizer import Tokenizer
+from llama.evaluation.answers import exponential
+from llama.evaluation.intervals import Interval, bootstrap
+from llama.evaluation.losses import few_enough, in_memory, losses_of_examples
+from llama.evaluation.outcome import Outcome
+from llama.model import Llama
+from llama.parallel.processes import Process
+
+
+class Window(NamedTuple):
+    """The ids of a window, and how many of them, at its end, are scored."""
+
+    ids: list[int]
+    scored: int
+
+    def example(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its ids, and which of them are labels."""
+        ids = np.array(self.ids, np.int32)
+        return ids, np.arange(len(ids)) >= len(ids) - self.scored
+
+
+def windows(ids: Iterable[int], size: int, stride: int) -> Iterator[Window]:
+    """The windows of a stream of ids: each goes on by `stride`, less than `size`; the last one may be shorter.
+
+    None where there are fewer than two ids.
+    """
+    stream = iter(ids)
+    window = list(islice(stream, size))
+    scored = len(window) - 1
+    while scored > 0:
+        yield Window(window, scored)
+        new = list(islice(stream, stride))
+        scored = len(new)
+        window = window[stride:] + new
+
+
+class TextPerplexity:
+    """loss              nats of all scored tokens / scored tokens
+    perplexity        exp(loss), of one token
+    word_perplexity   exp(nats / words), where spaces separate words
+    bits_per_byte     nats / ln 2 / bytes of the text in UTF-8: the same measure for every tokenizer
+
+    The file is read and tokenized piece by piece on every rank. What stays in memory is 16 bytes for each window.
+    `limit`: only so many windows; 0: all.
+    """
+
+    generates = False
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, window: int, stride: int, batch_size: int, limit: int):
+        self.path = path
+        self.tokenizer = tokenizer
+        self.window = window
+        self.stride = stride
+        self.batch_size = batch_size
+        self.limit = limit or None
+        self.about = {"window": window, "stride": stride}
+        self.bytes = self.words = 0
+        if next(self.windows(), None) is None:  # and what is no text is an error before the model is opened
+            raise UserError(f"{path}: fewer than two tokens, expected a text; its first token is not scored")
+
+    def windows(self) -> Iterator[Window]:
+        """The windows of the file, at most `limit`. Counts the bytes and words of the pieces that are read."""
+        self.bytes = self.words = 0
+        return islice(windows(self._ids(), self.window, self.stride), self.limit)
+
+    def _ids(self) -> Iterator[int]:
+        for ids, size, words in token_pieces(self.path, self.tokenizer):
+            self.bytes += size
+            self.words += words
+            yield from ids
+
+    @torch.no_grad()
+    def score(self, model: Llama, process: Process) -> Outcome:
+        model.eval()
+        together = few_enough(self.batch_size, self.window, model.config.vocab_size)
+        losses = array("d")  # of each window; of those of other ranks, 0
+        scored = array("q")
+        stream = self.windows()
+        with Progress("evaluating", "windows", silent=not process.is_rank_zero) as progress:
+            while part := list(islice(stream, together * process.world_size)):
+                mine = range(process.rank, len(part), process.world_size)
+                batch = pack(in_memory([part[i].example() for i in mine]), range(len(mine)), process.device)
+                of_part = np.zeros(len(part))
+                of_part[mine] = losses_of_examples(model, batch).cpu().numpy()
+                losses.extend(of_part)
+                scored.extend(window.scored for window in part)
+                progress.update(len(part))
+        found = torch.tensor(losses, dtype=torch.float64, device=process.device)
+        dist.all_reduce(found)
+        return self._outcome(found.cpu().numpy(), np.array(scored))
+
+    def _outcome(self, losses: np.ndarray, scored: np.ndarray) -> Outcome:
+        nats, tokens = float(losses.sum()), int(scored.sum())
+        if not math.isfinite(nats):
+            raise UserError(f"the loss over {tokens} tokens is {nats}: the model's weights are unusable")
+        loss = nats / tokens
+        values: dict = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "n": len(losses)}
+        if self.limit is None:  # else nobody knows which bytes the scored tokens are
+            per_word = {"word_perplexity": math.exp(nats / self.words)} if self.words else {}
+            per_byte = {"bits_per_byte": nats / math.log(2) / self.bytes}
+            values |= per_word | per_byte | {"words": self.words, "bytes": self.bytes}
+        interval = bootstrap(losses.tolist(), scored.tolist(), "windows")
+        intervals: dict[str, Interval | None] = {"perplexity": exponential(interval), "loss": interval}
+        lines = (
+            {"window": i, "loss": loss, "tokens": tokens}
+            for i, (loss, tokens) in enumerate(zip(losses.tolist(), scored.tolist(), strict=True))
+        )
+        return Outcome(values, intervals, lines)

@@ -1,0 +1,89 @@
+"""Metrics of what the model writes: it continues each prompt, and its text is compared with the row's own answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Protocol
+
+from llama.boundary.progress import Progress
+from llama.data.prompting import Prompt
+from llama.data.tokenizer import Tokenizer
+from llama.evaluation.intervals import Interval
+from llama.evaluation.outcome import Outcome
+from llama.generation.decode import generate
+from llama.generation.request import Answer, Request
+from llama.generation.settings import GenerationSettings
+from llama.model import Llama
+from llama.parallel.collectives import fail_together, gather
+from llama.parallel.processes import Process
+
+
+class Comparison(Protocol):
+    """Rouge or ExactMatch. `about`: what decides its numbers, for the result."""
+
+    about: dict
+
+    def compare(self, reference: str, text: str) -> dict:
+        """What is found of one example, for its line in the file of predictions."""
+
+    def summarise(self, found: Sequence[Mapping]) -> tuple[dict, dict[str, Interval | None]]:
+        """The metrics of all examples, and their intervals."""
+
+
+class Written:
+    """A comparison of the model's texts with the references of prompts, which all have one."""
+
+    generates = True
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        prompts: Sequence[Prompt],
+        tokenizer: Tokenizer,
+        settings: GenerationSettings,
+        stop_ids: frozenset[int],
+        batch_size: int,
+    ):
+        self.comparison = comparison
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.requests = [Request(prompt.ids, settings, stop_ids) for prompt in prompts]
+        self.batch_size = batch_size
+        self.about = comparison.about | {
+            "decoding": decoding(settings) | {"stop_ids": sorted(stop_ids)},
+            "cut_prompts": sum(prompt.was_cut for prompt in prompts),
+        }
+
+    def score(self, model: Llama, process: Process) -> Outcome:
+        answers = self.answers(model, process)
+        lines = []
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            text = self.tokenizer.decode(answer.ids, starts_text=False).strip()
+            line = {"row": prompt.row, "prompt": prompt.text, "prediction": text, "answer": prompt.reference}
+            line |= {"tokens": len(answer.ids), "ended_by": answer.reason}
+            lines.append(line | self.comparison.compare(prompt.reference or "", text))
+        values, intervals = self.comparison.summarise(lines)
+        values["n"] = len(lines)
+        values["empty"] = sum(not line["prediction"] for line in lines)
+        values["reached_max_new_tokens"] = sum(line["ended_by"] == "length" for line in lines)
+        return Outcome(values, intervals, lines)
+
+    def answers(self, model: Llama, process: Process) -> list[Answer]:
+        """The answer to each prompt. Each rank has the whole model and writes its share: no rank waits for another."""
+        mine = range(process.rank, len(self.requests), process.world_size)
+        own: dict[int, Answer] = {}
+        requests = [self.requests[i] for i in mine]
+        progress = Progress("writing answers", "prompts", len(mine), silent=not process.is_rank_zero)
+        with fail_together("writing answers"), progress:
+            for place, answer in generate(model, requests, self.batch_size):
+                own[mine[place]] = answer
+                progress.update()
+        found = {i: answer for part in gather(own) for i, answer in part.items()}
+        return [found[i] for i in range(len(self.requests))]
+
+
+def decoding(settings: GenerationSettings) -> dict:
+    """How the texts are continued, for the result: a name, and every setting."""
+    method = "sampling" if settings.draws else "greedy"
+    if settings.num_beams > 1:
+        method = "beam sampling" if settings.draws else "beam search"
+    return {"method": method} | {entry.name: getattr(settings, entry.name) for entry in fields(GenerationSettings)}
