@@ -17,7 +17,7 @@ from torch import Tensor
 from llama.boundary.errors import UserError
 from llama.generation.beams import Beams
 from llama.generation.growing import Growing, heirs, naming, next_tokens
-from llama.generation.kv_cache import KVCache
+from llama.generation.kv_cache import KVCache, MoreTokens, NewRows
 from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
 from llama.model import Llama, PackedDocuments
@@ -29,9 +29,14 @@ NextLogits = Callable[[Tensor, KVCache], Tensor]
 
 
 class Batch:
-    """The texts that a model continues at the same time. Puts the model into eval mode."""
+    """The texts that a model continues at the same time. Puts the model into eval mode.
 
-    def __init__(self, model: Llama, next_logits: NextLogits | None = None):
+    next_logits: how a step computes; by default, `model.logits`.
+    remember:    for a chat. When a batch is empty, a prompt that begins like the last text continues its row: only what
+                 is new is read.
+    """
+
+    def __init__(self, model: Llama, next_logits: NextLogits | None = None, remember: bool = False):
         self.model = model.eval()
         self.next_logits = next_logits or model.logits
         self.positions = model.config.max_position_embeddings
@@ -39,6 +44,8 @@ class Batch:
         self.cache = KVCache(model.config, self.device)
         self.texts: list[Growing] = []  # of each row in the cache
         self.newest: list[int] = []  # the last token of each row, which the cache does not have yet
+        self.remember = remember
+        self.remembered: list[int] = []  # the ids of the text that left last, as far as the cache has them, in row 0
 
     def __len__(self) -> int:
         """How many texts are growing. One with beams has several rows."""
@@ -56,11 +63,17 @@ class Batch:
         for number, request in requests:
             new.append(Growing.of(number, request, len(self.texts) + len(new), self.positions))
             ids += request.prompt
-        context = self.cache.add_rows([len(text.request.prompt) for text in new])
+        context: NewRows | MoreTokens
+        known = 0 if self.texts or len(new) > 1 else shared_start(self.remembered, ids[:-1])
+        if known:
+            ids = ids[known:]
+            context = self.cache.add_tokens(0, known, len(ids))
+        else:
+            context = self.cache.add_rows([len(text.request.prompt) for text in new])
+        self.remembered = []
         self.texts += new
         self.newest += [0] * len(new)
-        ends = context.documents.boundaries[1:].long()
-        logits = self.model.logits(torch.tensor(ids, device=self.device), context, rows=ends - 1)
+        logits = self.model.logits(torch.tensor(ids, device=self.device), context, context.last)
         return self.grow(new, logits)
 
     @torch.no_grad()
@@ -123,14 +136,25 @@ class Batch:
 
     def leave(self, row: int) -> None:
         """Free a row at once; the last row of the cache moves into its place."""
-        self.cache.leave(row)
         last = len(self.texts) - 1
+        if last == 0 and self.remember:
+            text = self.texts[0]
+            self.remembered = (text.request.prompt + text.ids)[: self.cache.lengths[0]]
+        self.cache.leave(row)
         moved = self.texts.pop()
         token = self.newest.pop()
         if row < last:
             moved.rows[moved.rows.index(last)] = row
             self.texts[row] = moved
             self.newest[row] = token
+
+
+def shared_start(first: list[int], second: list[int]) -> int:
+    """How many ids two texts have in common from their start on."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
 
 
 def device_of(model: Llama) -> torch.device:

@@ -83,9 +83,8 @@ class KVCache:
     def write(self, layer: int, place: tuple[Tensor, ...], k: Tensor, v: Tensor) -> None:
         """Put the keys and values (T, K, H) of a stream's tokens at their rows, heads and positions."""
         if layer == len(self.keys):  # the first stream: the cache takes the dtype in which the model computes
-            shape = (self.room[0], k.shape[1], self.room[1], k.shape[2])
-            self.keys.append(k.new_zeros(shape))
-            self.values.append(v.new_zeros(shape))
+            self.keys.append(k.new_zeros(self.room[0], k.shape[1], self.room[1], k.shape[2]))
+            self.values.append(torch.zeros_like(self.keys[layer]))
         self.keys[layer].index_put_(place, k)
         self.values[layer].index_put_(place, v)
 
@@ -115,10 +114,12 @@ class KVCache:
         self.make_room(len(self.lengths), max(lengths))
         return NewRows(self, first, lengths)
 
-    def add_tokens(self, row: int, count: int) -> "MoreTokens":
-        """The context of `count` tokens behind those that the row has."""
-        start = self.lengths[row]
-        self.lengths[row] = start + count
+    def add_tokens(self, row: int, start: int, count: int) -> "MoreTokens":
+        """The context of `count` tokens behind the first `start` positions of a row. What was behind them is forgotten.
+
+        The row may be one that has left, if no other has taken its place since.
+        """
+        self.lengths[row : row + 1] = [start + count]
         self.make_room(len(self.lengths), start + count)
         return MoreTokens(self, row, start, count)
 
@@ -130,7 +131,7 @@ class KVCache:
         del self.lengths[last]
 
     def copy(self, pairs: list[tuple[int, int]], first: int = 0) -> None:
-        """For each pair (from, to), make row `to` hold what row `from` holds; before position `first` it does already."""
+        """For each pair (from, to), make row `to` hold what row `from` holds, from position `first` on."""
         rows = torch.tensor(pairs, device=self.device)
         end = max(self.lengths[source] for source, _ in pairs)
         self.lengths += [0] * (max(target for _, target in pairs) + 1 - len(self.lengths))
@@ -154,6 +155,7 @@ class NewRows:
         self.cache = cache
         self.documents = PackedDocuments(lengths, cache.device)
         self.positions = self.documents.positions
+        self.last = self.documents.boundaries[1:].long() - 1  # the place of each prompt's last token in the stream
         counts = torch.tensor(lengths, device=cache.device)
         rows = first + torch.repeat_interleave(counts)  # (T): which row each token belongs to
         self.place = (rows[:, None], cache.heads, self.positions[:, None])
@@ -175,6 +177,7 @@ class MoreTokens:
         self.cache = cache
         self.row = row
         self.positions = torch.arange(start, start + count, device=cache.device)
+        self.last = torch.tensor([count - 1], device=cache.device)
         self.place = (torch.tensor([[row]], device=cache.device), cache.heads, self.positions[:, None])
         self.blocks = []  # first token, end, and the mask (block, S): -inf where a token may not see a position
         for first in range(0, count, QUERIES):
