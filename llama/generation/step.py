@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from llama.generation.captured import CapturedSteps
+from llama.generation.kv_cache import KVCache
 from llama.generation.layouts import Layout, Rows, choose
 from llama.model import Llama
 from llama.model.attention import Attention, AttentionContext
@@ -43,6 +45,7 @@ class FlatLlama(Llama):
         self.embedding: Layout = Rows(model.embed_tokens.weight.detach(), None, self.shared)
         if model.config.tie_word_embeddings and self.head.has_rows:
             self.embedding = self.head
+        self.captured = CapturedSteps(self.compute)
         del model.layers, model.norm, model.lm_head, model.embed_tokens
 
     def laid_out(self, *linears: nn.Linear) -> Layout:
@@ -61,6 +64,12 @@ class FlatLlama(Llama):
     @torch.no_grad()
     def logits(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
         """Scores (R, V) of what follows each row of the stream, without `rows` (T, V)."""
+        if tokens.is_cuda and isinstance(context, KVCache):
+            return self.captured(tokens, context)
+        return self.compute(tokens, context, rows)
+
+    def compute(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+        """`logits` without a graph."""
         x = self.embedding.rows(tokens)
         cos, sin = rope_table(self.config, context.positions)
         cos = torch.cat((cos, cos), dim=-1).to(x.dtype)  # (T, 1, H): once for each half of the pairs

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_llama import BASE, LENGTHS, config_of, llama3, random_tokens, randomize
 
+from llama.generation.captured import CapturedSteps
 from llama.generation.decode import generate
 from llama.generation.layouts import Columns, Packed, Panels, Rows, choose
 from llama.generation.request import Request
@@ -72,6 +73,17 @@ def test_texts_equal_those_of_the_model_as_it_was(batch_size):
     requests = [Request(prompt, GenerationSettings(max_new_tokens=30)) for prompt in prompts]
     expected = dict(generate(model, requests, batch_size))
     assert dict(generate(lay_out(model, batch_size), requests, batch_size)) == expected
+
+
+def test_steps_of_fixed_shapes_equal_the_steps_that_grow():
+    """What a GPU records: 3 of 5 prompts at a time, so rows are left over, and the cache grows from 256 to 512."""
+    model = random_model({"max_position_embeddings": 300})
+    prompts = [random_tokens(96, [length], seed=length).tolist() for length in (5, 1, 240, 17, 3)]
+    requests = [Request(prompt, GenerationSettings(max_new_tokens=30)) for prompt in prompts]
+    expected = dict(generate(model, requests, 3))
+    captured = CapturedSteps(model.logits)
+    assert dict(generate(model, requests, 3, next_logits=captured)) == expected
+    assert captured.keys.shape[2] == 512
 
 
 def test_a_model_with_quantised_linears_or_an_adapter_stays_as_it_is():
