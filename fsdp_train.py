@@ -105,8 +105,7 @@ def read(settings: FilledSettings) -> Task:
 
 
 def train(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> None:
-    """The whole run: build the model, train, evaluate before and after, export the model or adapter."""
-    began = time.perf_counter()
+    """The whole run: build the model, train, evaluate and ask it before and after, export the model or adapter."""
     adapter, report = task.changes.adapter, Report(settings, plan, process)
     result = plan.output / ("adapter" if adapter else "model")
     if plan.is_finished(result):
@@ -116,6 +115,7 @@ def train(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
     report.begin(model, task.base, task.data)
     saver = Saver(plan.output / "checkpoints", settings.keep_checkpoints, settings.async_save)
     current = Run(settings, task, process, plan, model, optimizer, saver, report)
+    report.sample(model)
     before = report.held_out(0, evaluate_held_out(current)) if plan.first_step == 0 else report.held_out_before()
     try:
         after, totals = run_steps(current)
@@ -124,15 +124,14 @@ def train(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
             saver.wait()
         raise
     saver.wait()
-    if plan.first_step == plan.steps:  # resumed after the last step: run_steps has done and measured nothing
-        after = evaluate_held_out(current)
+    report.sample(model, is_over=True)
     beside = report.companions(task.base, before, after)  # the tokenizer's files, a model card
     if adapter:
         save_adapter(model, result, adapter, task.base.name, beside, replace=True)
     else:
         export_model(model, result, task.base.config_json, beside, task.base.dtype, replace=True)
         report.say(task.base.about_export(model))
-    report.finish(result.name, totals, before, after, time.perf_counter() - began)
+    report.finish(result.name, totals, before, after)
 
 
 def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> tuple[Llama, torch.optim.Optimizer]:
@@ -164,7 +163,7 @@ def run_steps(current: Run) -> tuple[dict, Counter]:
     """
     settings, plan, report, optimizer = current.settings, current.plan, current.report, current.optimizer
     totals = Counter(plan.manifest.totals if plan.manifest else dict.fromkeys(COUNTS, 0))
-    metrics: dict = {}
+    metrics = evaluate_held_out(current) if plan.first_step == plan.steps else {}  # resumed after the last step
     current.model.train()
     with report.progress_bar(), StopRequests(settings.save_minutes) as stop_requests:
         for step in range(plan.first_step, plan.steps):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from llama.boundary.errors import UserError, one_line, reason
@@ -29,6 +30,15 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def any_rank(is_so: bool) -> bool:
+    """Whether it is so on any rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return is_so
+    state = torch.tensor(int(is_so))
+    dist.all_reduce(state, dist.ReduceOp.MAX)
+    return bool(state)
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:

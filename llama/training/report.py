@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -15,6 +16,7 @@ from llama import __version__
 from llama.boundary.durable import replace_durably
 from llama.boundary.errors import UserError, printable
 from llama.boundary.progress import Progress, say
+from llama.model import Llama
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together, from_rank_zero
 from llama.parallel.processes import Process
@@ -28,6 +30,7 @@ from llama.training.journal import Journal, read_metrics
 from llama.training.model_card import companions_of_run, prompt_of
 from llama.training.other_runs import changes, said_of_changes, said_of_replay
 from llama.training.plan import BEGUN, Plan
+from llama.training.samples import Samples
 from llama.training.settings import FilledSettings
 from llama.training.tracking import Tracker
 
@@ -45,6 +48,8 @@ class Report:
         self.picture = Picture(plan.output / "loss.png", self.say)
         self.tracker: Tracker | None = None
         self.answers = 0  # how many answers there are to choose from
+        self.samples: Samples | None = None  # of answers to held-out prompts; once the run has begun
+        self.began = time.perf_counter()
 
     def say(self, text: str) -> None:
         if self.process.is_rank_zero:
@@ -79,6 +84,8 @@ class Report:
         """Save and print what this run is, with every default resolved. `data`: the DataSet of data.py. Collective."""
         output = self.plan.output
         with fail_together(output):
+            asked, adapter = self.settings.sample_prompts, self.settings.adapter
+            self.samples = Samples(data.test, data.template, base, asked, adapter)
             if not self.process.is_rank_zero:
                 return
             if self.plan.saved:
@@ -193,13 +200,24 @@ class Report:
         if metrics:
             if self.progress:
                 self.progress.tell()
-            self.write(step=step, held_out=metrics)
+            found = self.samples.found if self.samples and step == 0 else []
+            self.write(step=step, held_out=metrics, **({"samples": found} if found else {}))
             if step != self.plan.steps:  # `finish` draws the last one
                 self._show()
         if metrics or step == 0:
             when = f"step {step}" if step else "before training"
             self.say(f"{when}: {in_words(metrics)}")
         return metrics
+
+    def sample(self, model: Llama, is_over: bool = False) -> None:
+        """Show what the model answers to some held-out prompts, before training or after it. Collective."""
+        assert self.samples
+        if is_over or not self.plan.first_step:
+            self.samples.answer(model, self.process, "after" if is_over else "before")
+            for line in self.samples.lines():
+                self.say(line)
+        else:
+            self.samples.recall(self._before.get("samples", []))
 
     def stopped(self, signal_name: str, done: int) -> None:
         self.say(
@@ -209,7 +227,12 @@ class Report:
 
     def held_out_before(self) -> dict:
         """What an earlier part of this run measured before its first step; {} where it did not."""
-        return next((line["held_out"] for line in self._lines if line["step"] == 0 and "held_out" in line), {})
+        return self._before.get("held_out", {})
+
+    @property
+    def _before(self) -> dict:
+        """The line of metrics.jsonl that an earlier part of this run wrote before its first step."""
+        return next((line for line in self._lines if line["step"] == 0 and "held_out" in line), {})
 
     def companions(self, base: Base, before: dict, after: dict) -> Companions:
         """What the export writes beside the weights; on ranks other than 0, which do not write it, nothing. Raises
@@ -221,7 +244,7 @@ class Report:
             held_out = {"before training": before, f"after step {self.plan.steps}": after}
             return companions_of_run(self.about, self.plan.identity, base, held_out)
 
-    def finish(self, result: str, totals: dict, before: dict, after: dict, total_seconds: float) -> None:
+    def finish(self, result: str, totals: dict, before: dict, after: dict) -> None:
         """Draw the loss curve; write and print the summary. `result` is the folder that was exported; `before` and
         `after` are metrics on held-out data. Collective."""
         peak = torch.tensor(peak_memory(self.process.device), dtype=torch.int64, device=self.process.device)
@@ -243,11 +266,12 @@ class Report:
                 "steps": self.plan.steps,
                 **{name: totals[name] for name in ("examples", "tokens", "labels")},
                 "train_seconds": seconds,
-                "total_seconds": total_seconds,
+                "total_seconds": time.perf_counter() - self.began,
                 **speed,
                 "peak_memory_bytes": int(peak),
                 "before": before,
                 "after": after,
+                "samples": self.samples.found if self.samples else [],
             }
             self._show(is_last=True)
             replace_durably(output / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: the run is over

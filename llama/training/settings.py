@@ -156,6 +156,12 @@ class WhatToKeep(Settings):
     eval_limit: int = setting(
         1000, "held-out examples to evaluate on, a fixed random choice; 0: all", at_least=0
     )
+    sample_prompts: int = setting(
+        2,
+        "show the model's answers to so many held-out prompts, before and after training, and keep them in "
+        "summary.json; 0: none",
+        at_least=0,
+    )
     save_every: int = setting(0, "save a checkpoint every N steps; 0: as --save_minutes says", at_least=0)
     save_minutes: float = setting(
         30.0, "save a checkpoint once the last one is so old; 0: only at the end, and when told to stop", at_least=0

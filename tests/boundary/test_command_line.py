@@ -208,7 +208,7 @@ TRAINING_FLAGS = DATA_FLAGS + """
     epochs max_steps batch_size batch_tokens group_by_length gradient_accumulation_steps
     learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
     dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
-    output eval_every eval_limit save_every save_minutes async_save keep_checkpoints
+    output eval_every eval_limit sample_prompts save_every save_minutes async_save keep_checkpoints
     resume allow_changed log_every track config
 """
 MERGING_FLAGS = "model adapter output quantize dtype"
@@ -325,7 +325,7 @@ OUT_OF_RANGE = {
     "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
     "beta2": [-0.1, 1.0, float("nan")], "warmup_ratio": [-0.1, 1.1, float("nan")],
     "weight_decay": [-0.1, float("nan"), float("inf")], "max_grad_norm": [-1.0, float("nan"), float("inf")],
-    "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "save_every": [-1],
+    "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "sample_prompts": [-1], "save_every": [-1],
     "save_minutes": [-1.0, float("nan"), float("inf")],
     "keep_checkpoints": [0, -2], "log_every": [0],
 }  # fmt: skip

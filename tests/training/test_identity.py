@@ -42,7 +42,7 @@ FREE = {
     "sharding": SAME_NUMBERS, "cpu_offload": SAME_NUMBERS, "defer_gradient_sync": SAME_NUMBERS,
     "activation_checkpointing": SAME_NUMBERS, "compile": SAME_NUMBERS,
     "output": RECORDS, "eval_every": RECORDS, "save_every": RECORDS, "async_save": RECORDS, "keep_checkpoints": RECORDS,
-    "log_every": RECORDS, "save_minutes": RECORDS, "track": RECORDS,
+    "log_every": RECORDS, "sample_prompts": RECORDS, "save_minutes": RECORDS, "track": RECORDS,
     "config": "the flags that it stands for are compared themselves",
     "resume": "says that a run is resumed", "allow_changed": "says what may differ",
 }  # fmt: skip
@@ -115,7 +115,7 @@ def test_ranks_and_micro_batches_may_change_if_the_global_batch_does_not(tmp_pat
 @pytest.mark.parametrize("name, value", [
     ("sharding", "grad"), ("cpu_offload", True), ("defer_gradient_sync", True), ("activation_checkpointing", "full"),
     ("compile", True), ("eval_every", 5), ("save_every", 5), ("async_save", True), ("keep_checkpoints", -1),
-    ("log_every", 5),
+    ("log_every", 5), ("sample_prompts", 0),
 ])  # fmt: skip
 def test_what_is_free_changes_nothing_that_a_resume_compares(tmp_path, name, value):
     assert differing(tmp_path, {name: value}, {}) == set()

@@ -21,7 +21,8 @@ from llama.training.report import Report
 from llama.training.settings import TrainingSettings
 
 COUNTS = {"examples": 4, "tokens": 400, "labels": 4, "seconds": 0.5}
-DATA = SimpleNamespace(counts=lambda: {"train": 12, "test": 4}, notes=lambda: ["a note"], template=TEMPLATES["imdb"])
+DATA = SimpleNamespace(counts=lambda: {"train": 12, "test": 4}, notes=lambda: ["a note"], template=TEMPLATES["imdb"],
+                       test=None)  # fmt: skip
 
 
 def begun(folder: Path, steps: int = 4, rank: int = 0, **changes) -> Report:

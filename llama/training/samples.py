@@ -1,0 +1,107 @@
+"""Answers to a few held-out prompts, before training and after it: what a loss looks like as text."""
+
+from collections.abc import Iterable
+
+from llama.boundary.errors import UserError, printable
+from llama.data.chat import Renderer
+from llama.data.examples import EncodedData
+from llama.evaluation.score import sample_indices
+from llama.generation.decode import generate
+from llama.generation.request import Request
+from llama.generation.settings import GenerationSettings
+from llama.model import Llama
+from llama.parallel.collectives import any_rank, gather
+from llama.parallel.processes import Process
+from llama.storage.base import Base
+from llama.storage.generation_config import stop_ids
+
+LONGEST_ANSWER = 64  # tokens
+SIDE_BY_SIDE = 16  # prompts of a rank
+SHOWN = 96  # characters of a text on the screen
+
+
+class Samples:
+    """The prompts, and what the model makes of them; none where nothing is held out.
+
+    found: for each prompt {"row": its number in its file, "prompt": its text, "expected": the right answer, "before",
+    "after"}; the last two are the model's answers, None where they are not known.
+    """
+
+    def __init__(self, test: EncodedData | None, template: Renderer, base: Base, count: int, adapter: str | None):
+        """`count`: how many of the examples, the same ones in every run. `adapter`: whose training goes on."""
+        self.tokenizer = base.tokenizer
+        self.found: list[dict] = []
+        self.requests: list[Request] = []
+        if test is None or not count:
+            return
+        words = self.tokenizer.encode_batch(list(template.answers), starts_text=False)
+        settings = GenerationSettings(max_new_tokens=max(map(len, words), default=LONGEST_ANSWER))
+        ends = stop_ids(base, template, adapter)
+        for i in sample_indices(len(test), count).tolist():
+            ids, is_answer = test[i]
+            first = _start_of_answer(is_answer.tolist())
+            self.requests.append(Request(ids[:first].tolist(), settings, ends))
+            expected = self._text(ids[first:].tolist())
+            prompt = self.tokenizer.decode(ids[:first].tolist())
+            known = {"row": int(test.rows[i]), "prompt": prompt, "expected": expected}
+            self.found.append(known | {"before": None, "after": None})
+
+    def _text(self, ids: Iterable[int]) -> str:
+        """The text of an answer. A model may have more ids than its tokenizer; those have no text."""
+        return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size], starts_text=False).strip()
+
+    def answer(self, model: Llama, process: Process, when: str) -> None:
+        """Ask the model, "before" or "after": it answers greedily, so no random number is drawn. Ranks share the
+        prompts. Collective. Raises UserError, on every rank, where a score is no number."""
+        if not self.requests:
+            return
+        mine = range(process.rank, len(self.requests), process.world_size)
+        requests = [self.requests[i] for i in mine]
+        texts: dict[int, str] = {}
+        problem = None
+        was_training = model.training
+        try:
+            for i, answer in generate(model, requests, SIDE_BY_SIDE, any_rank):
+                texts[mine[i]] = self._text(answer.ids)
+        except UserError as error:
+            problem = f"--sample_prompts: {error}"
+        model.train(was_training)
+        for texts_of_rank, problem_of_rank in gather((texts, problem)):
+            if problem_of_rank:
+                raise UserError(problem_of_rank)
+            for i, text in texts_of_rank.items():
+                self.found[i][when] = text
+
+    def recall(self, earlier: list[dict]) -> None:
+        """Take over the answers before training from what an earlier part of this run has found."""
+        before = {(sample["row"], sample["prompt"]): sample["before"] for sample in earlier}
+        for sample in self.found:
+            sample["before"] = before.get((sample["row"], sample["prompt"]))
+
+    def lines(self) -> list[str]:
+        """What the screen shows."""
+        lines = []
+        for sample in self.found:
+            lines.append(f"held-out row {sample['row']}: {_shortened(sample['prompt'])}")
+            for name in ("expected", "before", "after"):
+                if sample[name] is not None:
+                    lines.append(f"  {name + ':':10}{_shortened(sample[name]) or '(nothing)'}")
+        return lines
+
+
+def _start_of_answer(is_answer: list[bool]) -> int:
+    """Where the last answer of an example begins; the first token is always of the prompt."""
+    first = max(1, len(is_answer) - 1)
+    while first > 1 and not is_answer[first]:  # what follows the last answer, such as a newline after its turn
+        first -= 1
+    while first > 1 and is_answer[first - 1]:
+        first -= 1
+    return first
+
+
+def _shortened(text: str) -> str:
+    """On one line; of a long text its end, because prompts of one template begin alike, and a little of its start."""
+    line = printable(" ".join(text.split()))
+    if len(line) <= SHOWN:
+        return line
+    return f"{line[: SHOWN // 4].rstrip()} ... {line[-3 * SHOWN // 4 :].lstrip()}"
