@@ -139,5 +139,5 @@ def test_the_peak_memory_of_a_run_is_that_of_the_rank_that_needed_the_most(ranks
 
 def told_peak(folder: Path) -> int:
     with replaced(reports, peak_memory=lambda device: (100, 300)[dist.get_rank()]):
-        begun(folder, rank=dist.get_rank()).finish("model", COUNTS, {}, {}, 1.0)
+        begun(folder, rank=dist.get_rank()).finish("model", COUNTS, {}, {})
     return json.loads((folder / "summary.json").read_text())["peak_memory_bytes"]

@@ -156,7 +156,10 @@ def asked(folder: Path, path: Path, count: int, broken: bool = False) -> tuple[l
     return samples.found, model.training
 
 
-@pytest.mark.parametrize("size, count", [pytest.param(1, 3, marks=pytest.mark.slow), (2, 1), pytest.param(4, 5, marks=pytest.mark.slow)])
+SIZES = [pytest.param(1, 3, marks=pytest.mark.slow), (2, 1), pytest.param(4, 5, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size, count", SIZES)
 def test_ranks_share_the_prompts_and_transformers_gives_the_same_answers(ranks, tmp_path, cache, size, count):
     """C45: ranks with fewer prompts or shorter answers go on until all are done, and all know every answer."""
     from transformers import AutoModelForCausalLM
