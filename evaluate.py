@@ -32,7 +32,7 @@ from llama.data.prompting import Room, read_prompts
 from llama.data.sources import PUBLIC_DATASETS
 from llama.data.templates import Template
 from llama.data.unlabelled import UnlabelledTemplate
-from llama.evaluation.answers import Answers, note_missing_labels
+from llama.evaluation.answers import Answers
 from llama.evaluation.choices import Choices, read_questions
 from llama.evaluation.exact_match import ExactMatch
 from llama.evaluation.outcome import Metric
@@ -58,7 +58,7 @@ def main() -> None:
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
     with join() as process:
         dtype = compute_dtype(settings.dtype, process.device)
-        model = open_model(base, changes, process, dtype)
+        model = open_model(base, changes, process, dtype, whole=metric.generates)
         began = time.perf_counter()
         outcome = metric.score(model, process)
         seconds = time.perf_counter() - began
@@ -72,8 +72,7 @@ def main() -> None:
         if settings.predictions:
             lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in outcome.lines]
             write("predictions", settings.predictions, "".join(lines))
-        note_missing_labels(outcome.values["n"], outcome.values.get("without_label", 0))
-        announce([outcome.headline()])
+        announce([*outcome.notes, outcome.headline()])
         print(json.dumps(result, indent=2))  # last: nobody may be there to read it
 
 

@@ -4,6 +4,7 @@ import codecs
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.foreign import refuse_foreign_file
@@ -64,9 +65,18 @@ def _last_border(text: str) -> int:
     return len(text)
 
 
-def token_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, int]]:
-    """(ids, bytes, words) of each piece. BOS comes first, where the tokenizer has one."""
+class TokenPiece(NamedTuple):
+    """A piece of a text: its ids, its size in UTF-8, and how many words it has that spaces separate."""
+
+    ids: list[int]
+    bytes: int
+    words: int
+
+
+def token_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPiece]:
+    """The pieces of a file. BOS comes before the first one, where the tokenizer has it."""
     is_first = True
     for text in pieces(path):
-        yield tokenizer.encode(text, starts_text=is_first), len(text.encode()), len(text.split())
+        ids = tokenizer.encode(text, starts_text=is_first)
+        yield TokenPiece(ids, len(text.encode()), len(text.split()))
         is_first = False

@@ -1,8 +1,8 @@
 """Metrics of one forward per example: accuracy of the answer word, loss of the answers, perplexity of whole texts."""
 
 import math
+from collections.abc import Iterator
 
-from llama.boundary.command_line import announce
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.tokenizer import Tokenizer
@@ -25,7 +25,13 @@ class Answers:
     generates = False
 
     def __init__(
-        self, metric: str, data: EncodedData, template: Renderer, tokenizer: Tokenizer, batch_size: int, limit: int
+        self,
+        metric: str,
+        data: EncodedData,
+        template: Renderer,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        limit: int,
     ):
         self.metric = metric
         self.data = data.labelling_prompts() if metric == "perplexity" else data
@@ -39,50 +45,59 @@ class Answers:
 
     def score(self, model: Llama, process: Process) -> Outcome:
         values, own = evaluate(model, self.data, process, self.batch_size, self.limit, self.words, each=True)
-        found = {i: scored for part in gather(own) for i, scored in part.items()}
-        scored = {i: found[i] for i in sorted(found)}
-        labelled = [example for example in scored.values() if example.labels or self.words is None]
-        intervals: dict[str, Interval | None] = {}
-        if values["n"]:
-            if self.words:
-                intervals["accuracy"] = wilson(sum(example.is_right for example in labelled), len(labelled))
-            intervals["loss"] = bootstrap([e.loss for e in labelled], [e.labels for e in labelled])
+        found: dict[int, Scored] = {}
+        for part in gather(own):
+            found |= part
+        in_order = {i: found[i] for i in sorted(found)}
+        notes = []
+        if self.metric == "accuracy":
+            unlabelled = len(found) - values["n"]
+            values["without_label"] = unlabelled
+            if unlabelled:
+                scored = f"loss and accuracy are of the other {values['n']}" if values["n"] else "nothing is scored"
+                notes = [f"rows without a label: {unlabelled}; they are predicted, and {scored}"]
         if self.metric == "perplexity":
             values["perplexity"] = math.exp(values["loss"])
-            intervals = {"perplexity": exponential(intervals["loss"])} | intervals
-        if self.words:
-            values["without_label"] = len(scored) - values["n"]
-        lines = (self.word_line(i, scored[i]) if self.words else self.loss_line(i, scored[i]) for i in scored)
-        return Outcome(values, intervals, lines)
+        return Outcome(values, self.intervals(list(in_order.values())), self.lines(in_order), notes)
 
-    def word_line(self, i: int, scored: Scored) -> dict:
-        """The row in the file, the prompt as the model read it, the likeliest answer word, the probability of each, and
-        the right one where the row has it."""
+    def intervals(self, scored: list[Scored]) -> dict[str, Interval | None]:
+        """Of the metric first, then of the loss."""
+        if self.metric == "accuracy":
+            scored = [example for example in scored if example.labels]
+        if not scored:
+            return {}
+        losses = [example.loss for example in scored]
+        labels = [example.labels for example in scored]
+        of_loss = bootstrap(losses, labels)
+        if self.metric == "accuracy":
+            right = sum(example.is_right for example in scored)
+            return {"accuracy": wilson(right, len(scored)), "loss": of_loss}
+        if self.metric == "perplexity":
+            return {"perplexity": of_loss.exp() if of_loss else None, "loss": of_loss}
+        return {"loss": of_loss}
+
+    def lines(self, scored: dict[int, Scored]) -> Iterator[dict]:
+        """Of each example its row in the file, and how it was scored."""
+        for i, example in scored.items():
+            row = {"row": int(self.data.rows[i])}
+            if self.metric == "accuracy":
+                yield row | self.prediction(i, example)
+            else:  # the loss is sum(loss) / sum(tokens), in nats
+                yield row | {"loss": example.loss, "tokens": example.labels}
+
+    def prediction(self, i: int, scored: Scored) -> dict:
+        """The prompt as the model read it, the likeliest answer word, the probability of each, and the right one where
+        the row has it."""
         ids, is_answer = self.data[i]
         of_words = dict(zip(self.names, scored.probabilities, strict=True))
         prediction = max(of_words, key=lambda word: of_words[word])
-        line = {
-            "row": int(self.data.rows[i]),
+        found = {
             "prompt": self.tokenizer.decode(ids[~is_answer]),
             "prediction": prediction,
             "probability": of_words[prediction],
             "probabilities": of_words,
         }
-        if self.data.answers[i] >= 0:
-            line["answer"] = self.names[self.data.answers[i]]
-        return line
-
-    def loss_line(self, i: int, scored: Scored) -> dict:
-        """The row in the file, and the loss of its labels, summed, in nats: the metric is sum(loss) / sum(tokens)."""
-        return {"row": int(self.data.rows[i]), "loss": scored.loss, "tokens": scored.labels}
-
-
-def exponential(interval: Interval | None) -> Interval | None:
-    """The interval of exp(x), from that of x."""
-    return interval and Interval(math.exp(interval.low), math.exp(interval.high), interval.method)
-
-
-def note_missing_labels(labelled: int, unlabelled: int) -> None:
-    if unlabelled:
-        scored = f"loss and accuracy are of the other {labelled}" if labelled else "nothing is scored"
-        announce([f"rows without a label: {unlabelled}; they are predicted, and {scored}"])
+        right = self.data.answers[i]
+        if right >= 0:
+            found["answer"] = self.names[right]
+        return found

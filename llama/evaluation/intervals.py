@@ -5,7 +5,7 @@ An interval knows nothing of examples of another kind, nor of what a model has s
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,8 +26,9 @@ class Interval:
     method: str
     confidence: float = CONFIDENCE
 
-    def as_json(self) -> dict:
-        return asdict(self)
+    def exp(self) -> "Interval":
+        """The interval of e to the power of the number."""
+        return replace(self, low=math.exp(self.low), high=math.exp(self.high))
 
 
 def wilson(successes: int, n: int) -> Interval | None:

@@ -15,16 +15,18 @@ MOST_LOGITS = 1 << 27  # that exist at the same time: 512 MB in fp32
 
 def few_enough(batch_size: int, most_labels: int, vocab_size: int) -> int:
     """How many examples of up to `most_labels` labels `losses_of_examples` may get at once: batch_size at most."""
-    return max(1, min(batch_size, MOST_LOGITS // (vocab_size * max(1, most_labels))))
+    examples = MOST_LOGITS // (vocab_size * max(1, most_labels))
+    return max(1, min(batch_size, examples))
 
 
 def losses_of_examples(model: Llama, batch: Batch) -> Tensor:
     """The summed losses of each example's labels (n), fp64, in nats. Under FSDP every rank calls it as often."""
-    if len(batch.indices) <= 1:  # the model's own loss never holds all logits, which are many for a long example
+    examples = len(batch.indices)
+    if examples <= 1:  # the model's own loss never holds all logits, which are many for a long example
         loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
-        return loss.double().reshape(1)[: len(batch.indices)]
-    logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
-    return sums_of_examples(label_losses(logits, batch.targets), batch)
+        return loss.double().reshape(1)[:examples]
+    logits = model.logits(batch.tokens, batch.documents, batch.rows)
+    return sums_of_examples(label_losses(logits.float(), batch.targets), batch)
 
 
 def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,9 +37,10 @@ def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def sums_of_examples(losses: Tensor, batch: Batch) -> Tensor:
     """Losses of labels (R) added up for each example of the batch (n), fp64."""
-    labels = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=losses.device)
-    examples = torch.arange(len(labels), device=losses.device).repeat_interleave(labels)
-    return losses.new_zeros(len(labels), dtype=torch.float64).index_add_(0, examples, losses.double())
+    labels = torch.tensor(batch.labels_per_example, dtype=torch.int64)
+    examples = torch.arange(len(labels)).repeat_interleave(labels)
+    sums = losses.new_zeros(len(labels), dtype=torch.float64)
+    return sums.index_add_(0, examples.to(losses.device), losses.double())
 
 
 def in_memory(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedData:

@@ -1,7 +1,7 @@
 """What a metric finds, whichever it is."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from llama.evaluation.intervals import Interval
@@ -15,14 +15,18 @@ class Outcome:
     intervals: of some of these; None where there are too few examples.
     lines:     one for each example in the order of the file, from which the values can be computed again; made when
                they are asked for, once.
+    notes:     what a user should know about the numbers.
     """
 
     values: dict
     intervals: Mapping[str, Interval | None]
     lines: Iterable[dict]
+    notes: Sequence[str] = ()
 
     def as_json(self) -> dict:
-        shown = {name: interval and interval.as_json() for name, interval in self.intervals.items()}
+        shown = {}
+        for name, interval in self.intervals.items():
+            shown[name] = asdict(interval) if interval else None
         return self.values | {"intervals": shown}
 
     def headline(self) -> str:

@@ -44,9 +44,14 @@ class Rouge:
 
     def summarise(self, found: Sequence[Mapping]) -> tuple[dict, dict[str, Interval | None]]:
         """The mean of each kind over examples, and its interval."""
-        columns = {kind: [example[kind] for example in found] for kind in KINDS}
-        means = {kind: sum(column) / len(column) for kind, column in columns.items()}
-        return means, {kind: bootstrap(column) for kind, column in columns.items()}
+        means = {}
+        intervals = {}
+        for kind in KINDS:
+            column = [example[kind] for example in found]
+            means[kind] = sum(column) / len(column)
+            intervals[kind] = bootstrap(column)
+        wordless = sum(WORD.search(example["answer"]) is None for example in found)
+        return means | {"references_without_words": wordless}, intervals
 
 
 def in_sentences(text: str) -> str:

@@ -27,8 +27,7 @@ from llama.boundary.progress import Progress
 from llama.data.batches import pack
 from llama.data.plain_text import token_pieces
 from llama.data.tokenizer import Tokenizer
-from llama.evaluation.answers import exponential
-from llama.evaluation.intervals import Interval, bootstrap
+from llama.evaluation.intervals import bootstrap
 from llama.evaluation.losses import few_enough, in_memory, losses_of_examples
 from llama.evaluation.outcome import Outcome
 from llama.model import Llama
@@ -92,22 +91,25 @@ class TextPerplexity:
         return islice(windows(self._ids(), self.window, self.stride), self.limit)
 
     def _ids(self) -> Iterator[int]:
-        for ids, size, words in token_pieces(self.path, self.tokenizer):
-            self.bytes += size
-            self.words += words
-            yield from ids
+        for piece in token_pieces(self.path, self.tokenizer):
+            self.bytes += piece.bytes
+            self.words += piece.words
+            yield from piece.ids
 
     @torch.no_grad()
     def score(self, model: Llama, process: Process) -> Outcome:
         model.eval()
         together = few_enough(self.batch_size, self.window, model.config.vocab_size)
-        losses = array("d")  # of each window; of those of other ranks, 0
+        losses = array("d")  # of each window; 0 for those of other ranks
         scored = array("q")
         stream = self.windows()
         with Progress("evaluating", "windows", silent=not process.is_rank_zero) as progress:
+            # Every rank reads all windows and takes part in every forward, so that FSDP can gather weights inside it.
             while part := list(islice(stream, together * process.world_size)):
-                mine = range(process.rank, len(part), process.world_size)
-                batch = pack(in_memory([part[i].example() for i in mine]), range(len(mine)), process.device)
+                mine = slice(process.rank, None, process.world_size)
+                own = part[mine]
+                examples = in_memory([window.example() for window in own])
+                batch = pack(examples, range(len(own)), process.device)
                 of_part = np.zeros(len(part))
                 of_part[mine] = losses_of_examples(model, batch).cpu().numpy()
                 losses.extend(of_part)
@@ -115,22 +117,21 @@ class TextPerplexity:
                 progress.update(len(part))
         found = torch.tensor(losses, dtype=torch.float64, device=process.device)
         dist.all_reduce(found)
-        return self._outcome(found.cpu().numpy(), np.array(scored))
+        return self._outcome(found.tolist(), list(scored))
 
-    def _outcome(self, losses: np.ndarray, scored: np.ndarray) -> Outcome:
-        nats, tokens = float(losses.sum()), int(scored.sum())
+    def _outcome(self, losses: list[float], scored: list[int]) -> Outcome:
+        nats = sum(losses)
+        tokens = sum(scored)
         if not math.isfinite(nats):
             raise UserError(f"the loss over {tokens} tokens is {nats}: the model's weights are unusable")
         loss = nats / tokens
         values: dict = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "n": len(losses)}
         if self.limit is None:  # else nobody knows which bytes the scored tokens are
-            per_word = {"word_perplexity": math.exp(nats / self.words)} if self.words else {}
-            per_byte = {"bits_per_byte": nats / math.log(2) / self.bytes}
-            values |= per_word | per_byte | {"words": self.words, "bytes": self.bytes}
-        interval = bootstrap(losses.tolist(), scored.tolist(), "windows")
-        intervals: dict[str, Interval | None] = {"perplexity": exponential(interval), "loss": interval}
-        lines = (
-            {"window": i, "loss": loss, "tokens": tokens}
-            for i, (loss, tokens) in enumerate(zip(losses.tolist(), scored.tolist(), strict=True))
-        )
+            values["bytes"] = self.bytes
+            values["bits_per_byte"] = nats / math.log(2) / self.bytes
+            values["words"] = self.words
+            values["word_perplexity"] = math.exp(nats / self.words) if self.words else None
+        interval = bootstrap(losses, scored, "windows")
+        intervals = {"perplexity": interval.exp() if interval else None, "loss": interval}
+        lines = ({"window": i, "loss": loss, "tokens": scored[i]} for i, loss in enumerate(losses))
         return Outcome(values, intervals, lines)

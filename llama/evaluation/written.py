@@ -12,6 +12,7 @@ from llama.evaluation.outcome import Outcome
 from llama.generation.decode import generate
 from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
+from llama.generation.step import lay_out
 from llama.model import Llama
 from llama.parallel.collectives import fail_together, gather
 from llama.parallel.processes import Process
@@ -46,6 +47,7 @@ class Written:
         self.comparison = comparison
         self.prompts = prompts
         self.tokenizer = tokenizer
+        self.settings = settings
         self.requests = [Request(prompt.ids, settings, stop_ids) for prompt in prompts]
         self.batch_size = batch_size
         self.about = comparison.about | {
@@ -54,27 +56,38 @@ class Written:
         }
 
     def score(self, model: Llama, process: Process) -> Outcome:
-        answers = self.answers(model, process)
         lines = []
-        for prompt, answer in zip(self.prompts, answers, strict=True):
+        for prompt, answer in zip(self.prompts, self.answers(model, process), strict=True):
             text = self.tokenizer.decode(answer.ids, starts_text=False).strip()
-            line = {"row": prompt.row, "prompt": prompt.text, "prediction": text, "answer": prompt.reference}
-            line |= {"tokens": len(answer.ids), "ended_by": answer.reason}
+            line = {
+                "row": prompt.row,
+                "prompt": prompt.text,
+                "prediction": text,
+                "answer": prompt.reference,
+                "tokens": len(answer.ids),
+                "ended_by": answer.reason,
+            }
             lines.append(line | self.comparison.compare(prompt.reference or "", text))
         values, intervals = self.comparison.summarise(lines)
         values["n"] = len(lines)
-        values["empty"] = sum(not line["prediction"] for line in lines)
+        values["empty"] = sum(line["prediction"] == "" for line in lines)
         values["reached_max_new_tokens"] = sum(line["ended_by"] == "length" for line in lines)
-        return Outcome(values, intervals, lines)
+        return Outcome(values, intervals, lines, self.notes(values))
+
+    def notes(self, values: dict) -> list[str]:
+        """What may make the numbers smaller than the model deserves."""
+        names = {"empty": "answers without text", "reached_max_new_tokens": "answers that --max_new_tokens ended"}
+        return [f"{what}: {values[name]} of {values['n']}" for name, what in names.items() if values[name]]
 
     def answers(self, model: Llama, process: Process) -> list[Answer]:
         """The answer to each prompt. Each rank has the whole model and writes its share: no rank waits for another."""
         mine = range(process.rank, len(self.requests), process.world_size)
         own: dict[int, Answer] = {}
         requests = [self.requests[i] for i in mine]
+        fast = lay_out(model, self.batch_size * self.settings.num_beams)
         progress = Progress("writing answers", "prompts", len(mine), silent=not process.is_rank_zero)
         with fail_together("writing answers"), progress:
-            for place, answer in generate(model, requests, self.batch_size):
+            for place, answer in generate(fast, requests, self.batch_size):
                 own[mine[place]] = answer
                 progress.update()
         found = {i: answer for part in gather(own) for i, answer in part.items()}

@@ -63,4 +63,4 @@ def test_too_few_examples_have_no_interval():
     assert wilson(0, 0) is None and bootstrap([]) is None and bootstrap([1.0]) is None
     assert bootstrap([0.0, 0.0], [0, 0]) is None
     assert bootstrap([2.0, 2.0, 2.0]) is None and bootstrap([2.0, 4.0], [1, 2]) is None
-    assert Interval(0.1, 0.2, "m").as_json() == {"low": 0.1, "high": 0.2, "method": "m", "confidence": 0.95}
+    assert Interval(0.0, 1.0, "m").exp() == Interval(1.0, pytest.approx(np.e), "m")
