@@ -109,6 +109,19 @@ def find_chat(layout: str, system: str | None, tokenizer: Tokenizer, files: Iter
     return Chat(layout, inserted, notes)
 
 
+def find_served_chat(layout: str, system: str | None, tokenizer: Tokenizer, files: Iterable[Path]) -> Chat:
+    """`find_chat` for a model that is asked, and not trained: without --system it gets the system turn that the chat
+    template of its folder inserts, as elsewhere. Where we cannot write that one, there is a note."""
+    if system is not None or not read_chat_template(tokenizer):
+        return find_chat(layout, system, tokenizer, files)
+    paths = list(files)
+    try:
+        return find_chat(layout, "default", tokenizer, paths)
+    except UserError as error:
+        chat = find_chat(layout, None, tokenizer, paths)
+        return Chat(chat.name, chat.inserted, [*chat.notes, f"no system turn is inserted; {error}"])
+
+
 def layout_of(tokenizer: Tokenizer, template: ChatTemplate | None = None) -> str:
     """The layout that writes what the folder's chat template does; or else the one whose control tokens the tokenizer
     has; or else, without a chat template, `llama2`, which needs none.
@@ -204,13 +217,13 @@ def _first_prompts(chat: Chat, files: Iterable[Path]) -> Iterator[tuple[str, lis
             try:
                 if isinstance(row, UserError):
                     continue
-                chat.render(row, where)
-                turns = read_turns(row, where)
+                turns = read_turns(row, where, to_learn=False)
+                asked = turns[:-1] if turns[-1].role == "assistant" else turns
+                chat.check_roles([*asked, Turn("assistant", "x")], where)
             except UserError:  # told when the data is encoded
                 continue
-            last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-            if last > 0 and sum(len(turn.content) for turn in turns) <= COMPARED_CHARACTERS:
-                yield where, turns[:last]
+            if asked and sum(len(turn.content) for turn in turns) <= COMPARED_CHARACTERS:
+                yield where, asked
 
 
 def _cut(text: str, position: int) -> str:

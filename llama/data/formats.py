@@ -8,13 +8,14 @@ from itertools import chain, islice
 from pathlib import Path
 
 from llama.boundary.errors import UserError, printable
-from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat
+from llama.data.chat import LAYOUTS, Chat, Renderer, find_chat, find_served_chat
 from llama.data.conversation import PAIR
 from llama.data.rendering import PROMPT_FIELDS, is_absent
 from llama.data.rows import read
 from llama.data.sources import PUBLIC_DATASETS, Source
 from llama.data.templates import NAMES, TEMPLATES, Template, described
 from llama.data.tokenizer import Tokenizer
+from llama.data.unlabelled import UnlabelledTemplate
 
 GUESSED_FROM = 200  # rows
 MOST_WORDS = 20  # that a suggested template makes an answer of
@@ -69,17 +70,21 @@ class Seen:
         return sorted(words) if self.types == {str} and is_few and all(map(WORD.fullmatch, words)) else []
 
 
-def find_template(name: str | None, source: Source, tokenizer: Tokenizer, system: str | None = None) -> Renderer:
+def find_template(
+    name: str | None, source: Source, tokenizer: Tokenizer, system: str | None = None, asks: bool = False
+) -> Renderer:
     """The template of this name or file, else of the public data set, else the one that the rows' fields belong to.
+    `asks`: the rows may lack their answers.
 
     Raises UserError when there is none, or more than one, or its file is not well formed.
     """
     if name is None and source.name in PUBLIC_DATASETS:
         name = source.name
     elif name is None:
-        name = _guess(next(iter(source.files.values()))[0])
+        name = _guess(next(iter(source.files.values()))[0], asks)
     if name == "chat" or name in LAYOUTS:
-        return find_chat(name, system, tokenizer, chain.from_iterable(source.files.values()))
+        find = find_served_chat if asks else find_chat
+        return find(name, system, tokenizer, chain.from_iterable(source.files.values()))
     if system:
         raise UserError(f"--system {system!r:.40}: only conversations have a system turn, found the template {name}")
     if name in TEMPLATES:
@@ -93,8 +98,9 @@ def find_template(name: str | None, source: Source, tokenizer: Tokenizer, system
         raise UserError(f"--template {name}: byte {error.start} is not UTF-8") from None
 
 
-def _guess(path: Path) -> str:
-    """The template that uses most of the fields that the first rows have. Never `imdb`: many files have a text and a
+def _guess(path: Path, asks: bool) -> str:
+    """The template that uses most of the fields that the first rows have; if it `asks`, they may lack those of the
+    answer. Never `imdb`: many files have a text and a
     label, and few of them are reviews of films."""
     row, seen = _look_at(path)
     uses = {}
@@ -103,13 +109,18 @@ def _guess(path: Path) -> str:
         template = TEMPLATES[name]
         unused = seen.keys() - template.columns
         is_whole_row = name != "text" or not unused  # beside other fields, a text is often what an answer is about
-        if name == "imdb" or not template.fields <= seen.keys() or not is_whole_row:
+        needed = template.fields
+        if asks:
+            asked = UnlabelledTemplate(template).asked
+            needed = template.fields & asked
+            is_whole_row = bool(asked & seen.keys())
+        if name == "imdb" or not needed <= seen.keys() or not is_whole_row:
             continue
         if unused & PROMPT_FIELDS:
             lacking.append(f"fit {name}, which does not use {' and '.join(sorted(unused & PROMPT_FIELDS))}")
         else:
             uses[name] = len(template.columns & seen.keys())
-    is_pair = all(_is_list(seen, name) for name in PAIR)
+    is_pair = all(_is_list(seen, name) for name in (PAIR[:1] if asks else PAIR))
     if is_pair:
         uses.pop("prompt_completion", None)  # which has texts under these names
     if is_pair or any(fields <= seen.keys() for fields in Chat.spellings):
@@ -120,7 +131,7 @@ def _guess(path: Path) -> str:
     what = f"fit {' and '.join(best)}" if best else " and ".join(lacking) or "are those of no known template"
     if path.name.endswith(TABLES):
         what += " (the first row of a table names its columns)"
-    raise NoTemplate(f"{path}: the fields {described(row)} {what}", suggestion(seen))
+    raise NoTemplate(f"{path}: the fields {described(row)} {what}", None if asks else suggestion(seen))
 
 
 def _is_list(seen: dict[str, Seen], name: str) -> bool:

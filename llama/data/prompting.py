@@ -19,7 +19,7 @@ from llama.data.conversation import PAIR, Turn, read_turns
 from llama.data.encoding import encode_rows
 from llama.data.examples import SHOWN, BadRows
 from llama.data.rendering import RenderedRows
-from llama.data.templates import Segment, Template
+from llama.data.templates import Segment, check_text
 from llama.data.tokenizer import Tokenizer
 from llama.data.unlabelled import UnlabelledTemplate
 
@@ -193,22 +193,53 @@ def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return text
 
 
-def row_of(template: Template, text: str) -> dict:
-    """A row for a template whose prompt has one field, with this text. Raises UserError where it has several or none.
+def row_of(template: Renderer, text: str) -> dict:
+    """A row that asks this text: the turn of a user, or the only field that the template's prompt needs.
 
-    The field that every prompt needs counts, and beside it those that may be absent do not.
+    Fields that may be absent do not count, unless there are no others. Raises UserError where several do, or none.
     """
-    asked = UnlabelledTemplate(template)
-    needed = sorted(template.fields & asked.asked)
-    fields = needed if needed else sorted(asked.asked)
-    if len(fields) != 1:
-        found = f"needs {' and '.join(fields)}" if fields else "has no field in its prompt"
+    if isinstance(template, Chat):
+        return {"messages": [{"role": "user", "content": text}]}
+    asked = UnlabelledTemplate(template).asked
+    needed = sorted(template.fields & asked) or sorted(asked)
+    if len(needed) != 1:
+        found = f"needs {' and '.join(needed)}" if needed else "has no field in its prompt"
         raise UserError(f"--template {template.name}: {found}, expected one field for --prompt; give rows to --prompts")
-    element = next(
-        piece.element
-        for spans in asked.alternatives
-        for span in spans
-        for piece in span.pieces
-        if not isinstance(piece, str) and piece.name == fields[0]
-    )
-    return {fields[0]: text if element is None else [text] * (element + 1)}
+    for field in template.all_fields():
+        if field.name == needed[0] and field.element is not None:
+            return {field.name: [text] * (field.element + 1)}
+    return {needed[0]: text}
+
+
+def one_prompt(template: Renderer | None, text: str, tokenizer: Tokenizer, room: Room) -> Prompt:
+    """The prompt that a text becomes: rendered by a template, or else, for the model to continue it, the text itself.
+
+    Raises UserError for a text that cannot be tokenized or does not fit.
+    """
+    where = "--prompt"
+    if template is None:
+        check_text(text, "the text", where)
+        segments = [Segment(text)]
+    else:
+        segments = before_answer(asking(template).render(row_of(template, text), where)[0])
+    ids, was_cut = prompt_ids(segments, tokenizer, room, f"{where}: ")
+    return Prompt(1, ids, spelled(ids, tokenizer), None, was_cut)
+
+
+def answers_of(template: Renderer | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of the answers that a template has a choice of; [] where answers are free text."""
+    return tokenizer.encode_batch(list(template.answers), starts_text=False) if template else []
+
+
+def room_of(positions: int, max_length: int | None, answer: int, side: str) -> Room:
+    """The room for prompts behind which an answer of so many tokens has its place among the model's positions.
+
+    max_length: where prompts can be cut, prompt and answer have so many tokens. It counts only where the answer leaves
+    some of them to the prompt: the answers that training has seen with it were shorter. Raises UserError where the
+    answer takes all positions.
+    """
+    if answer >= positions:
+        raise UserError(f"an answer of {answer} tokens: the model has {positions} positions, expected fewer tokens")
+    most = positions - answer
+    wanted = most if max_length is None or max_length <= answer else max_length - answer
+    return Room(wanted, most, side)

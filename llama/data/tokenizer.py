@@ -132,6 +132,11 @@ class Tokenizer(ABC):
                 plain.append(id)
         return text + self._decode_plain(plain, starts_text and not text)
 
+    def decode_new(self, ids: Sequence[int]) -> str:
+        """The text of ids that a model has written behind others. It may have more ids than its tokenizer: those have
+        no text."""
+        return self.decode([id for id in ids if id < self.vocab_size], starts_text=False)
+
     def _decode_plain(self, ids: list[int], starts_text: bool) -> str:
         return self._codecs[starts_text].decode(ids) if ids else ""
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,14 @@ def any_rank(is_so: bool) -> bool:
     """Whether it is so on any rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return is_so
-    state = torch.tensor(int(is_so))
-    dist.all_reduce(state, dist.ReduceOp.MAX)
-    return bool(state)
+    found = torch.tensor(int(is_so))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def group_that_waits() -> dist.ProcessGroup:
+    """All ranks, for collectives before which one rank may work, or its user think, for days longer than others."""
+    return dist.new_group(timeout=timedelta(days=30), backend="gloo")
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
