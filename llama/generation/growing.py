@@ -84,6 +84,14 @@ def heirs(rows: list[int], parents: list[int], spare: list[int]) -> tuple[list[i
     return placed, copies, free
 
 
+def shared_start(first: list[int], second: list[int]) -> int:
+    """How many ids two texts have in common from their start on."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
+
+
 def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
     """The next token of each text, which all have the same settings and no beams. logits (R, V), a row for each.
 
