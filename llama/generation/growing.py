@@ -128,8 +128,11 @@ def naming(texts: Sequence[Growing], logits: Tensor) -> Iterator[None]:
 
 
 def refuse(texts: Sequence[Growing], logits: Tensor) -> None:
-    """Raises UserError for the first text with a score that is NaN or infinite."""
-    for text, row in zip(texts, logits.split(len(logits) // len(texts)), strict=True):
-        if not row.amax(-1).isfinite().all():
-            place = f"prompt {text.number + 1}, token {len(text.ids) + 1} of the answer"
-            raise UserError(f"{place}: the model's scores are NaN or infinite: its weights are unusable")
+    """Raises UserError if a score of a text is NaN or infinite. Prompts that are read in one stream share a NaN."""
+    is_bad = ~logits.amax(-1).isfinite().view(len(texts), -1).all(-1)  # the maximum of a row with NaN is NaN
+    bad = [text for text, its_bad in zip(texts, is_bad.tolist(), strict=True) if its_bad]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        place = f"prompt {', '.join(str(text.number + 1) for text in bad[:3])}{more}"
+        token = f"token {len(bad[0].ids) + 1} of the answer"
+        raise UserError(f"{place}: the scores of {token} are NaN or infinite: the model's weights are unusable")
