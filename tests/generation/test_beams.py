@@ -99,6 +99,29 @@ def test_the_rows_are_one_before_the_first_step_and_the_best_beams_after_it():
     assert beams.done and beams.rows == 2 and beams.answer() == Answer([1, 1, 2], "length")
 
 
+def steps_and_answer(settings: GenerationSettings, *probabilities: list[float]) -> tuple[int, list[int]]:
+    """Of a model whose tokens 1 and 2 end a text, and have these probabilities behind a text of each length."""
+    beams = Beams([0], settings, frozenset([1, 2]), 99)
+    steps = 0
+    while not beams.done:
+        beams.advance(torch.tensor(probabilities[min(steps, len(probabilities) - 1)]).log().repeat(beams.rows, 1))
+        steps += 1
+    return steps, beams.answer().ids
+
+
+@pytest.mark.parametrize("early_stopping, steps, ids", [("true", 1, []), ("false", 1, []), ("never", 5, [0] * 5)])
+def test_only_never_waits_for_a_long_text_that_may_still_win(early_stopping, steps, ids):
+    """Both beams end at once with -0.8. What lives has -2.3, and at the greatest length -2.3 / 25."""
+    settings = GenerationSettings(num_beams=2, max_new_tokens=5, length_penalty=2.0, early_stopping=early_stopping)
+    assert steps_and_answer(settings, [0.1, 0.45, 0.45], [1.0, 0.0, 0.0]) == (steps, ids)
+
+
+def test_the_worst_text_that_ended_is_one_of_the_num_beams_best():
+    """After three steps -1.2, -1.8 and -2.5 ended. What lives has -2.47: more than the last, and not enough."""
+    settings = GenerationSettings(num_beams=2, max_new_tokens=9, length_penalty=0.0)
+    assert steps_and_answer(settings, [0.4, 0.3, 0.3], [0.7, 0.2, 0.1], [0.3, 0.6, 0.1])[0] == 3
+
+
 @pytest.mark.parametrize("num_beams", [1, 2, 5])
 def test_one_beam_is_greedy_and_max_new_tokens_of_none_or_one_are_kept(num_beams):
     model, settings = markov(0, 6), GenerationSettings(num_beams=num_beams, max_new_tokens=1)

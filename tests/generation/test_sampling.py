@@ -22,6 +22,7 @@ def test_a_number_depends_on_seed_prompt_and_place_alone():
     assert numbers.uniform(5, 4)[:1] == numbers.uniform(5) and numbers.uniform(5, 0).shape == (0,)
     others = [RandomNumbers(seed, prompt) for seed, prompt in ((4, [1, 2]), (3, [1, 2, 0]), (3, [2, 1]), (1, [3, 2]))]
     assert len({float(n.uniform(5)[0]) for n in [numbers, *others]} | set(numbers.uniform(6, 3).tolist())) == 8
+    assert not set(numbers.uniform(5, 1000).tolist()) & set(numbers.uniform(6, 1000).tolist())
     assert RandomNumbers(0, [1]).uniform(0, 2).tolist() == [0.9216865170816144, 0.3857923069399315]
     assert RandomNumbers(2**63 - 1, [2**40]).uniform(2**20).shape == (1,)
 
@@ -55,6 +56,12 @@ def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token():
         scores = torch.randn(1, 7 + 50 * seed, generator=torch.Generator().manual_seed(seed))
         scores[:, :2] = scores[:, -3:] = -INF
         assert draw(scores.repeat(3, 1), [0.0, 2**-60, LARGEST]).tolist() == [2, 2, scores.shape[1] - 4]
+
+
+def test_a_rare_token_is_drawn_as_often_as_it_should_be():
+    """A probability of 1e-9 is lost if it is added to 1 in float32."""
+    scores = torch.tensor([[1.0, 1e-9]]).log()
+    assert draw(scores.repeat(2, 1), [1 - 1.1e-9, 1 - 0.9e-9]).tolist() == [0, 1]
 
 
 def test_a_token_of_probability_zero_is_never_drawn():

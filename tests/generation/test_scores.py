@@ -88,6 +88,20 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
         assert int((ours > -INF).sum()) == count, top_p
 
 
+def test_of_tokens_that_tie_top_p_drops_the_lowest_ids():
+    settings = GenerationSettings(temperature=1.0, top_p=0.5)
+    ours = process(torch.cat([torch.zeros(1, 64), torch.full((1, 64), -99.0)], -1), [[0]], settings)
+    assert (ours[0] > -INF).nonzero().flatten().tolist() == list(range(32, 64))
+
+
+def test_the_filters_leave_as_many_tokens_as_beams_ask_for():
+    scores = torch.tensor([[0.0, -50.0, -60.0, -70.0]])
+    for filters in (dict(top_k=1), dict(top_p=0.1), dict(min_p=1.0), dict(top_k=1, top_p=0.1, min_p=1.0)):
+        settings = GenerationSettings(temperature=1.0, **filters)
+        for keep in (1, 2, 3, 4, 5):
+            assert int((process(scores, [[0]], settings, keep) > -INF).sum()) == min(keep, 4)
+
+
 def test_rows_of_unequal_length_are_processed_as_if_alone():
     scores, texts, _ = random_case(3, 50)
     scores = torch.cat([scores, scores, scores])[:3]
