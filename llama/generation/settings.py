@@ -13,27 +13,38 @@ class GenerationSettings(Settings):
 
     max_new_tokens: int = setting(256, "tokens to write at most", at_least=0, at_most=LONGEST_ANSWER)
     temperature: float = setting(
-        0.0, "0: always the likeliest token; else draw one, of scores divided by this", at_least=0, at_most=1000
+        0.0, "0: take the likeliest token; else draw one, of scores divided by this", at_least=0, at_most=1000
     )
-    top_k: int = setting(0, "draw among this many of the likeliest tokens; 0: all", at_least=0)
+    top_k: int = setting(0, "draw among this many of the likeliest tokens; 0: among all", at_least=0)
     top_p: float = setting(
-        1.0, "draw among the likeliest tokens that together have this probability", above=0, at_most=1
+        1.0, "draw among the fewest likely tokens that together have this probability", above=0, at_most=1
     )
     min_p: float = setting(
-        0.0, "draw among tokens that have this share of the likeliest one's probability", at_least=0, at_most=1
+        0.0, "draw among tokens with at least this share of the likeliest one's probability", at_least=0, at_most=1
     )
     repetition_penalty: float = setting(
-        1.0, "divide the positive scores of tokens that the text has already, and multiply the negative ones", above=0
+        1.0,
+        "above 1: tokens that prompt or answer have already get less likely; their scores are divided by this, the "
+        "negative ones multiplied",
+        at_least=0.01,
+        at_most=100,
     )
-    no_repeat_ngram_size: int = setting(0, "no run of this many tokens occurs twice; 0: any may", at_least=0)
-    num_beams: int = setting(1, "texts that are continued side by side, of which the best is kept", at_least=1)
+    no_repeat_ngram_size: int = setting(
+        0, "no run of this many tokens occurs twice in prompt and answer; 0: any may", at_least=0
+    )
+    num_beams: int = setting(
+        1, "texts that are continued side by side, of which the best is kept; 1: no search", at_least=1, at_most=1000
+    )
     length_penalty: float = setting(
-        1.0, "a beam's score is divided by its length to this power: above 0 favours long texts"
+        1.0,
+        "a beam's score, which is negative, is divided by its length to this power: above 0 favours long texts",
+        at_least=-5,
+        at_most=5,
     )
     early_stopping: str = setting(
         "false",
-        "when beams end: true, as soon as num_beams texts are complete; false, when the best living beam can hardly "
-        "win; never, when none can win",
+        "when beams end: true, as soon as num_beams texts are complete; false, when the best living beam would lose if "
+        "it ended now; never, when none can win",
         choices=("true", "false", "never"),
     )
     seed: int = setting(0, "of the draws: a text depends on its prompt and this seed alone", at_least=0)
@@ -48,6 +59,8 @@ class GenerationSettings(Settings):
         of_beams = {"length_penalty": 1.0, "early_stopping": "false"}
         return [
             *super().checks(),
+            # Divided by less, float32 scores may become infinite.
+            ("temperature", "0, or 0.000001 or more", self.temperature == 0 or self.temperature >= 1e-6),
             *((name, "--temperature above 0 with it", self.draws or getattr(self, name) == off)
               for name, off in filters.items()),
             *((name, "--num_beams above 1 with it", self.num_beams > 1 or getattr(self, name) == off)

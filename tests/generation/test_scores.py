@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from llama.boundary.errors import UserError
 from llama.generation.scores import process
-from llama.generation.settings import GenerationSettings
+from llama.generation.settings import LONGEST_ANSWER, GenerationSettings
 
 INF = torch.inf
 
@@ -148,3 +149,23 @@ def test_logits_that_are_no_numbers_are_refused_and_ruled_out_tokens_are_not():
             process(torch.tensor([[0.0, 1.0], bad]), [[0], [0]], GenerationSettings())
     settings = GenerationSettings(temperature=0.5, top_k=2, top_p=0.9, min_p=0.01)
     assert process(torch.tensor([[0.0, -INF]]), [[0]], settings).tolist() == [[0, -INF]]
+
+
+def test_settings_are_allowed_as_far_as_float32_reaches():
+    scores = torch.tensor([[1e4, 1e-4, 0.0, -1e4]])
+    for wide in (dict(temperature=1e-6), dict(repetition_penalty=100.0), dict(repetition_penalty=0.01)):
+        ours = process(scores, [[0, 1, 2, 3]], GenerationSettings(**wide))
+        assert ours.isfinite().all()
+    for power in (-5.0, 5.0):
+        divided = torch.tensor(-1e6) / LONGEST_ANSWER**power
+        assert GenerationSettings(num_beams=2, length_penalty=power) and divided.isfinite() and divided < 0
+    wider = [
+        dict(temperature=1e-7),
+        dict(repetition_penalty=1e-30),
+        dict(repetition_penalty=1e30),
+        dict(num_beams=2, length_penalty=6.0),
+        dict(num_beams=1001),
+    ]
+    for settings in wider:
+        with pytest.raises(UserError, match=f"--{list(settings)[-1]}.*expected"):
+            GenerationSettings(**settings)
