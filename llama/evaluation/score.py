@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
-from llama.data.batches import Batch, deal, pack
+from llama.data.batches import Batch, deal
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.losses import few_enough, label_losses, losses_of_examples, sums_of_examples
+from llama.evaluation.shared_prefix import Packer
 from llama.model import Llama
 from llama.parallel.processes import Process
 
@@ -84,12 +85,13 @@ def evaluate(
     indices = sample_indices(len(data), limit)
     if each and words is None:
         batch_size = few_enough(batch_size, int(data.label_counts[indices].max()), model.config.vocab_size)
-    mine = own_batches(indices.tolist(), data.lengths, process, batch_size)
+    packer = Packer(model, data, indices.tolist(), process)
+    mine = own_batches(indices.tolist(), packer.data.lengths, process, batch_size)
     found: dict[int, Scored] = {}
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, labels, right answers, examples
     progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
     for part in progress.over(mine):
-        batch = pack(data, part, process.device)
+        batch = packer.pack(part)
         if words is not None:
             found |= zip(part, _predict(model, batch, words, data.answers), strict=True)
         elif each:

@@ -1,0 +1,84 @@
+"""Documents that continue one shared prefix, whose keys and values are computed once.
+
+    prefix   P P P P                 its keys and values are read from a KV cache
+    a                a a             sees P P P P and the earlier tokens of a
+    b                    b b b       sees P P P P and the earlier tokens of b
+
+The stream has the tokens a a b b b only, so every linear layer computes T tokens instead of T + P for each document.
+The logits are those of the whole documents: a token's keys and values depend on itself and on earlier tokens alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llama.generation.kv_cache import KVCache
+from llama.model import Llama, PackedDocuments
+
+
+@torch.no_grad()
+def read_prefix(model: Llama, ids: Tensor) -> KVCache:
+    """The keys and values of the prefix `ids` (P), as the one row of a cache. One forward; collective under FSDP."""
+    cache = KVCache(model.config, ids.device)
+    model.logits(ids, cache.add_rows([len(ids)]), rows=ids.new_empty(0))
+    return cache
+
+
+class BehindPrefix(PackedDocuments):
+    """The attention context of documents that lie end to end, each behind the prefix that `cache` holds.
+
+    `lengths` are those of the documents without the prefix. Only for a forward without gradients.
+    """
+
+    def __init__(self, lengths: list[int], cache: KVCache):
+        super().__init__(lengths, cache.device)
+        self.cache = cache
+        self.prefix = cache.lengths[0]
+        self.positions = self.positions + self.prefix
+        self._padded: list = []
+
+    @torch.compiler.disable  # as that of packed documents
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, N, H), k and v (T, K, H) -> (T, N, H)."""
+        assert not torch.is_grad_enabled(), "the prefix's keys and values have no gradient"
+        prefix_k = self.cache.keys[layer][0, :, : self.prefix]  # (K, P, H)
+        prefix_v = self.cache.values[layer][0, :, : self.prefix]
+        if q.is_cuda:
+            return self.attend_whole(q, k, v, prefix_k, prefix_v)
+        return self.attend_parts(q, k, v, prefix_k, prefix_v)
+
+    def attend_parts(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+        """The blocks of packed documents as matrix products, with the prefix before the keys of each block."""
+        out = torch.empty_like(q)
+        scale = q.shape[-1] ** -0.5
+        grouped_q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # (K, G, T, H)
+        grouped_out = out.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # a view: written to it, written to `out`
+        k = k.transpose(0, 1)  # (K, T, H)
+        v = v.transpose(0, 1)
+        for start, end, first, mask in self.padded_blocks(q.dtype, grouped_q.shape[1]):
+            rows = grouped_q[:, :, start:end].flatten(1, 2) * scale  # (K, G * rows, H)
+            keys = torch.cat([prefix_k, k[:, first:end]], dim=1)
+            values = torch.cat([prefix_v, v[:, first:end]], dim=1)
+            p = torch.softmax(torch.baddbmm(mask, rows, keys.mT), dim=-1)
+            grouped_out[:, :, start:end] = torch.bmm(p, values).unflatten(1, (-1, end - start))
+        return out
+
+    def padded_blocks(self, dtype: torch.dtype, group: int) -> list[tuple[int, int, int, Tensor]]:
+        """`masked_blocks` whose masks (G * rows, P + S) begin with zeros: every token sees all of the prefix."""
+        if not self._padded:
+            for start, end, first, mask in self.masked_blocks(dtype):
+                self._padded.append((start, end, first, pad(mask, (self.prefix, 0)).repeat(group, 1)))
+        return self._padded
+
+    def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+        """Each document with the prefix before it, as packed documents, so that a GPU's kernels need nothing new. The
+        prefix's queries are zeros; their output is left out."""
+        whole = PackedDocuments([self.prefix + length for length in self.lengths], self.device)
+        own = (whole.positions >= self.prefix).nonzero()[:, 0]  # (T): where the stream's tokens are in the whole
+        source = whole.positions.clone()  # of each token of the whole: its index in the prefix followed by the stream
+        source[own] = self.prefix + torch.arange(len(own), device=self.device)
+        whole_q = q.new_zeros(len(source), *q.shape[1:])
+        whole_q[own] = q
+        whole_k = torch.cat([prefix_k.transpose(0, 1), k])[source]
+        whole_v = torch.cat([prefix_v.transpose(0, 1), v])[source]
+        return whole.attend(0, whole_q, whole_k, whole_v)[own]
