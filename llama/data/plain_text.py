@@ -11,16 +11,16 @@ from llama.boundary.foreign import refuse_foreign_file
 from llama.data.tokenizer import Tokenizer
 
 PIECE = 1 << 17  # characters that are tokenized at once
-# Places that no token reaches across: behind the line break that ends a run of spaces, and before the space of a word.
-BETWEEN_LINES = re.compile(r"(?<=\n)(?=\S)")
-BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
+# Where no token reaches across: before a word with one space, and behind one line break. (What GPT-2's pattern makes of
+# more spaces depends on what follows them.)
+BORDER = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def pieces(path: Path) -> Iterator[str]:
     """The text of a file in pieces, without a byte order mark; line ends stay as they are.
 
-    A piece ends between two lines, or between two words where it is one line, or anywhere where it is one word. In this
-    last case, tokens at that place may differ from those of the whole text.
+    A piece ends between two words or lines, so that its tokens are those of the whole text; or anywhere, where a whole
+    piece has no such place.
 
     Raises UserError for what is no text in UTF-8.
     """
@@ -57,12 +57,9 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _last_border(text: str) -> int:
-    """Where to cut a text: as far behind as possible, but not at its very end, where a token may go on."""
-    for pattern in (BETWEEN_LINES, BETWEEN_WORDS):
-        found = max((match.start() for match in pattern.finditer(text)), default=0)
-        if found:
-            return found
-    return len(text)
+    """Where to cut a text: as far behind as possible."""
+    places = [match.start() for match in BORDER.finditer(text)]
+    return places[-1] if places else len(text)
 
 
 class TokenPiece(NamedTuple):
@@ -74,9 +71,15 @@ class TokenPiece(NamedTuple):
 
 
 def token_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPiece]:
-    """The pieces of a file. BOS comes before the first one, where the tokenizer has it."""
-    is_first = True
+    """The pieces of a file, which together have the ids of the whole text. BOS comes before the first piece, where the
+    tokenizer has it.
+
+    Where a text goes on, some SentencePiece files treat spaces otherwise than at its start. So a later piece is encoded
+    behind a line break, as the start of a text, and the ids of the line break are left out.
+    """
+    before = ""
     for text in pieces(path):
-        ids = tokenizer.encode(text, starts_text=is_first)
-        yield TokenPiece(ids, len(text.encode()), len(text.split()))
-        is_first = False
+        ids = tokenizer.encode(before + text)
+        extra = len(tokenizer.encode(before)) if before else 0
+        yield TokenPiece(ids[extra:], len(text.encode()), len(text.split()))
+        before = "\n"
