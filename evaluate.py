@@ -28,7 +28,7 @@ from llama.boundary.errors import UserError, reason
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.options import OptionsTemplate
-from llama.data.prompting import Room, read_prompts
+from llama.data.prompting import read_prompts, room_of
 from llama.data.sources import PUBLIC_DATASETS
 from llama.data.templates import Template
 from llama.data.unlabelled import UnlabelledTemplate
@@ -113,9 +113,8 @@ def written(
 ) -> Written:
     """The prompts of these rows, for a metric of what the model writes."""
     comparison = Rouge() if settings.metric == "rouge" else ExactMatch()
-    positions = base.config.max_position_embeddings
-    cut_to = max(1, min(settings.max_length, positions - settings.max_new_tokens))
-    room = Room(cut_to, max(1, positions - 1), settings.truncate_side)
+    most = room_of(base.config.max_position_embeddings, None, settings.max_new_tokens, settings.truncate_side)
+    room = most._replace(cut_to=min(settings.max_length, most.cut_to))  # as long as in training, or shorter
     read = read_prompts(paths, found.template, base.tokenizer, room, found.source.category, settings.skip_bad_rows)
     prompts = [prompt for prompt in read.prompts if prompt.row in rows and prompt.reference is not None]
     stops = stop_ids(base, found.template, settings.adapter)

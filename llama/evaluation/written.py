@@ -14,7 +14,7 @@ from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
 from llama.generation.step import lay_out
 from llama.model import Llama
-from llama.parallel.collectives import fail_together, gather
+from llama.parallel.collectives import fail_together, gather, group_that_waits
 from llama.parallel.processes import Process
 
 
@@ -58,7 +58,7 @@ class Written:
     def score(self, model: Llama, process: Process) -> Outcome:
         lines = []
         for prompt, answer in zip(self.prompts, self.answers(model, process), strict=True):
-            text = self.tokenizer.decode(answer.ids, starts_text=False).strip()
+            text = self.tokenizer.decode_new(answer.ids).strip()
             line = {
                 "row": prompt.row,
                 "prompt": prompt.text,
@@ -86,11 +86,14 @@ class Written:
         requests = [self.requests[i] for i in mine]
         fast = lay_out(model, self.batch_size * self.settings.num_beams)
         progress = Progress("writing answers", "prompts", len(mine), silent=not process.is_rank_zero)
-        with fail_together("writing answers"), progress:
+        group = group_that_waits()  # answers of other ranks may take hours longer
+        with fail_together("writing answers", group), progress:
             for place, answer in generate(fast, requests, self.batch_size):
                 own[mine[place]] = answer
                 progress.update()
-        found = {i: answer for part in gather(own) for i, answer in part.items()}
+        found: dict[int, Answer] = {}
+        for part in gather(own, group):
+            found |= part
         return [found[i] for i in range(len(self.requests))]
 
 
