@@ -43,7 +43,7 @@ from llama.boundary.command_line import run
 from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.storage import pretrained
-from llama.storage.base import config_to_json
+from llama.storage.base import Base, config_to_json
 from llama.storage.companions import Companions
 from llama.storage.peft import Adapter, load_adapter, read_adapter
 from llama.storage.rounding import Rounding
@@ -57,6 +57,7 @@ from lora import (
     apply_adapter,
     initialize_adapter,
     merge,
+    open_model,
     train_only,
 )
 
@@ -503,6 +504,41 @@ def merge_packed(base: Path) -> str:
 def test_folding_into_integers_themselves_is_refused(ranks, bases):
     """C38: the packed rows of int8 have the shape of weights, so nothing else would notice."""
     assert ranks(1, merge_packed, bases["blocks"]) != ["folded into integers"]
+
+
+# Whole, to be used
+
+
+def open_both_ways(folder: Path, adapter: Path | None, kind: str, dtype: torch.dtype) -> dict:
+    """The logits of the sharded and of the whole model on this rank; rank 0 does not compute the latter's."""
+    process = this_process()
+    base = Base("base", folder, {}, config_of(folder), None, torch.float32, [])  # type: ignore[arg-type]
+    changes = Changes(kind, adapter and read_adapter(adapter), adapter_folder=adapter and str(adapter))
+    sharded = open_model(base, changes, process, dtype)
+    model = open_model(base, changes, process, dtype, whole=True)
+    parameters = list(model.parameters())
+    floats = {p.dtype for p in parameters if p.is_floating_point()}
+    plain = not model.training and not any(p.requires_grad or isinstance(p, DTensor) for p in parameters)
+    expected = logits(sharded.eval())
+    found = logits(model) if process.rank == process.world_size - 1 else None
+    return {"found": found, "expected": expected, "plain": plain, "dtypes": floats}
+
+
+@pytest.mark.parametrize("world_size, dtype", [(1, torch.float32), pytest.param(2, torch.bfloat16, marks=SLOW)])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=SLOW), pytest.param("int8", marks=SLOW), "nf4"])
+@pytest.mark.parametrize("variant", [pytest.param(None, marks=SLOW), *ONE_VARIANT_FAST])
+def test_a_whole_model_computes_what_a_sharded_one_does_and_needs_no_other_rank(
+    ranks, bases, tmp_path, variant, kind, world_size, dtype
+):
+    """Adapters over plain and over packed weights; every number is in the dtype asked for, and nothing is trained."""
+    adapter = None
+    if variant:
+        adapter = tmp_path / "adapter"
+        ranks(1, write_adapter, bases["blocks"], adapter, Adapter(4, 6.0, variant=variant), kind)
+    for rank, result in enumerate(ranks(world_size, open_both_ways, bases["blocks"], adapter, kind, dtype)):
+        assert result["plain"] and result["dtypes"] == {dtype}
+        if rank == world_size - 1:
+            assert torch.equal(result["found"], result["expected"])
 
 
 # The command
