@@ -100,6 +100,8 @@ class KVCache:
             return
         self.room = needed
         self.seen = (0, 0)
+        self.seen_keys.clear()  # views keep the old tensors alive; now each goes as soon as it is copied
+        self.seen_values.clear()
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(needed[0], old.shape[1], needed[1], old.shape[3])
@@ -156,10 +158,10 @@ class NewRows:
         self.documents = PackedDocuments(lengths, cache.device)
         self.positions = self.documents.positions
         self.last = self.documents.boundaries[1:].long() - 1  # the place of each prompt's last token in the stream
-        counts = torch.tensor(lengths, device=cache.device)
-        rows = first + torch.repeat_interleave(counts)  # (T): which row each token belongs to
+        rows = first + torch.repeat_interleave(torch.tensor(lengths)).to(cache.device)  # (T): the row of each token
         self.place = (rows[:, None], cache.heads, self.positions[:, None])
 
+    @torch.compiler.disable
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, N, H), k and v (T, K, H) -> (T, N, H)."""
         self.cache.write(layer, self.place, k, v)

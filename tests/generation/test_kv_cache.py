@@ -1,6 +1,7 @@
 """The KV cache against the same texts read without one."""
 
 import dis
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,15 @@ def test_the_cache_holds_key_value_heads_and_a_step_writes_one_position_of_it():
         for tensor, address, old in before:
             changed = (tensor != old).any(dim=(1, 3)).nonzero().tolist()
             assert tensor.data_ptr() == address and changed == [[0, cache.lengths[0] - 1], [1, cache.lengths[1] - 1]]
+
+
+def test_growth_leaves_nothing_of_the_old_tensors_in_memory():
+    model = model_of()
+    cache = KVCache(model.config)
+    prefill(model, cache, texts_and_logits(model, BLOCK)[0])
+    old = [weakref.ref(tensor) for tensor in cache.keys + cache.values]
+    cache.next_token()
+    assert cache.room == (1, 2 * BLOCK) and not any(tensor() is not None for tensor in old)
 
 
 def test_a_copy_leaves_alone_what_the_rows_share():
