@@ -27,8 +27,6 @@ from llama.model import ModelConfig, PackedDocuments
 BLOCK = 256  # positions by which the tensors grow
 GLANCE = 64  # one step sees a multiple of this many positions: kernels prefer round sizes, and shapes change rarely
 QUERIES = 128  # tokens behind cached ones whose scores are computed at once
-# Numbers of scores (rows x K x S) from which matrix products beat the CPU's attention kernel in bf16, by up to 8 times.
-MANY_SCORES = 1500
 
 
 class KVCache:
@@ -42,7 +40,7 @@ class KVCache:
         self.device = torch.device(device)
         self.heads = torch.arange(config.num_key_value_heads, device=device)
         self.seen = (0, 0)  # the rows and positions of the views
-        self.seen_keys: list[Tensor] = []  # of each layer: a view (rows * K, 1, S, H)
+        self.seen_keys: list[Tensor] = []  # of each layer: a view (rows * K, S, H)
         self.seen_values: list[Tensor] = []
 
     # One token of each row
@@ -61,22 +59,29 @@ class KVCache:
             self.seen = seen
             self.seen_keys = [_view(keys, *seen) for keys in self.keys]
             self.seen_values = [_view(values, *seen) for values in self.values]
+        # Where each row's new keys go among all (rows * K * capacity) of a layer.
+        heads = rows[:, None] * len(self.heads) + self.heads
+        self.slots = (heads * self.room[1] + positions[:, None]).flatten()
         hidden = torch.arange(seen[1], device=self.device) > positions[:, None]
-        self.mask = self.mask_of(hidden).repeat_interleave(len(self.heads), dim=0)[:, None, None]  # (rows * K, 1, 1, S)
+        mask = self.mask_of(hidden, self.score_dtype)
+        self.mask = mask.repeat_interleave(len(self.heads), dim=0)[:, None]  # (rows * K, 1, S)
 
     @torch.compiler.disable  # shapes change while texts grow; compiled layers must not depend on them
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (rows, N, H), k and v (rows, K, H) -> (rows, N, H): each row's token sees the row's tokens and itself."""
-        self.write(layer, self.place, k, v)
+        H = q.shape[-1]
+        self.keys[layer].view(-1, H).index_copy_(0, self.slots, k.reshape(-1, H))
+        self.values[layer].view(-1, H).index_copy_(0, self.slots, v.reshape(-1, H))
         keys = self.seen_keys[layer]
         values = self.seen_values[layer]
-        grouped = q.reshape(len(keys), 1, -1, q.shape[-1])  # (rows * K, 1, G, H)
-        if q.dtype == torch.bfloat16 and not q.is_cuda and self.mask.numel() > MANY_SCORES:
-            scores = (grouped * q.shape[-1] ** -0.5) @ keys.mT
-            y = torch.softmax(scores + self.mask, dim=-1) @ values
-        else:
-            y = scaled_dot_product_attention(grouped, keys, values, self.mask)
-        return y.reshape(q.shape)
+        grouped = q.reshape(len(keys), -1, H)  # (rows * K, G, H)
+        if q.is_cuda:
+            y = scaled_dot_product_attention(grouped[:, None], keys[:, None], values[:, None], self.mask[:, None])
+            return y.reshape(q.shape)
+        # The same in plain products, which take less time to start.
+        dtype = self.mask.dtype
+        scores = torch.baddbmm(self.mask, grouped.to(dtype), keys.mT.to(dtype), alpha=H**-0.5)
+        return torch.bmm(torch.softmax(scores, dim=-1), values.to(dtype)).to(q.dtype).view(q.shape)
 
     # What the other contexts share with it
 
@@ -88,9 +93,15 @@ class KVCache:
         self.keys[layer].index_put_(place, k)
         self.values[layer].index_put_(place, v)
 
-    def mask_of(self, hidden: Tensor) -> Tensor:
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """What the scores of one token are in. Few CPUs have fast products of a few rows in bf16."""
+        dtype = self.keys[0].dtype
+        return dtype if self.keys[0].is_cuda else torch.promote_types(dtype, torch.float32)
+
+    def mask_of(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """What is added to scores: -inf where a position is hidden, else 0. Made once a step, for all layers."""
-        mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=self.device)
+        mask = torch.zeros(hidden.shape, dtype=dtype or self.keys[0].dtype, device=self.device)
         return mask.masked_fill_(hidden, -torch.inf)
 
     def make_room(self, rows: int, positions: int) -> None:
@@ -146,8 +157,8 @@ class KVCache:
 
 
 def _view(tensor: Tensor, rows: int, positions: int) -> Tensor:
-    """(rows, K, capacity, H) -> (rows * K, 1, S, H): its first rows and positions, nothing copied."""
-    return tensor[:rows, :, :positions].flatten(0, 1)[:, None]
+    """(rows, K, capacity, H) -> (rows * K, S, H): its first rows and positions, nothing copied."""
+    return tensor[:rows, :, :positions].flatten(0, 1)
 
 
 class NewRows:

@@ -110,7 +110,7 @@ class Panels(Layout):
             y = torch.matmul(x, self.weight).transpose(0, 1).flatten(1)
         else:
             y = torch.mm(x, self.weight.transpose(0, 1).flatten(1))
-        return y[:, : self.out_features]
+        return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def rows(self, ids):
         return self.weight[ids // self.width, :, ids % self.width]

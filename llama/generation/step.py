@@ -64,21 +64,30 @@ class FlatLlama(Llama):
     @torch.no_grad()
     def logits(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
         """Scores (R, V) of what follows each row of the stream, without `rows` (T, V)."""
-        if tokens.is_cuda and isinstance(context, KVCache):
+        if not isinstance(context, KVCache):
+            return self.compute(tokens, context, rows)
+        if tokens.is_cuda:
             return self.captured(tokens, context)
-        return self.compute(tokens, context, rows)
+        with torch.inference_mode():  # PyTorch keeps less account of views and changes in place
+            x = self.hidden(tokens, context)
+        return self.head(self.norm(x))
 
     def compute(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
-        """`logits` without a graph."""
+        """`logits` in any mode, and without a graph."""
+        x = self.hidden(tokens, context)
+        if rows is not None:
+            x = x[rows]
+        return self.head(self.norm(x))
+
+    def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """The residual stream (T, D) behind the last layer."""
         x = self.embedding.rows(tokens)
         cos, sin = rope_table(self.config, context.positions)
         cos = torch.cat((cos, cos), dim=-1).to(x.dtype)  # (T, 1, H): once for each half of the pairs
         sin = sin.to(x.dtype)  # (T, 1, H/2)
         for index, layer in enumerate(self.flat_layers):
             layer(x, cos, sin, context, index)
-        if rows is not None:
-            x = x[rows]
-        return self.head(self.norm(x))
+        return x
 
 
 class FlatLayer:
