@@ -50,7 +50,6 @@ class KVCache:
         positions = torch.tensor(self.lengths, device=self.device)
         rows = torch.arange(len(positions), device=self.device)
         self.positions = positions
-        self.place = (rows[:, None], self.heads, positions[:, None])
         self.lengths = [length + 1 for length in self.lengths]
         longest = max(self.lengths)
         self.make_room(len(rows), longest)
@@ -76,8 +75,9 @@ class KVCache:
         values = self.seen_values[layer]
         grouped = q.reshape(len(keys), -1, H)  # (rows * K, G, H)
         if q.is_cuda:
-            y = scaled_dot_product_attention(grouped[:, None], keys[:, None], values[:, None], self.mask[:, None])
-            return y.reshape(q.shape)
+            queries = grouped.unsqueeze(1)
+            mask = self.mask.unsqueeze(1)
+            return scaled_dot_product_attention(queries, keys.unsqueeze(1), values.unsqueeze(1), mask).reshape(q.shape)
         # The same in plain products, which take less time to start.
         dtype = self.mask.dtype
         scores = torch.baddbmm(self.mask, grouped.to(dtype), keys.mT.to(dtype), alpha=H**-0.5)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from packed_llama import CONFIG, random_model
 
-from llama.generation import kv_cache
 from llama.generation.kv_cache import BLOCK, KVCache, MoreTokens, NewRows
 from llama.model import Llama, PackedDocuments
 
@@ -144,10 +143,8 @@ def test_attention_builds_no_tuple_list_or_dict_for_a_layer(context):
     assert bool(unwanted) == (context is MoreTokens)
 
 
-@pytest.mark.parametrize("many_scores", [0, 10**9], ids=["products", "kernel"])
-def test_both_ways_to_attend_on_a_cpu_in_bf16_are_softmax_of_the_scores(many_scores, monkeypatch):
-    """Query head n reads key/value head n // G."""
-    monkeypatch.setattr(kv_cache, "MANY_SCORES", many_scores)
+def test_attention_in_bf16_on_a_cpu_is_the_softmax_of_scores_in_fp32():
+    """Query head n reads key/value head n // G. Only the result is rounded."""
     N, K, H = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
     cache = KVCache(CONFIG)
     k, v = torch.randn(2, 77, K, H, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -160,4 +157,4 @@ def test_both_ways_to_attend_on_a_cpu_in_bf16_are_softmax_of_the_scores(many_sco
         for head in range(N):
             scores = k[read, head // (N // K)].float() @ q[75 + row, head].float() / H**0.5
             expected = scores.softmax(0) @ v[read, head // (N // K)].float()
-            assert (y[row, head].float() - expected).abs().max() < 0.02
+            assert (y[row, head].float() - expected).abs().max() < 2**-8 * expected.abs().max()
