@@ -208,6 +208,91 @@ def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, re
     assert "accuracy" not in result["perplexity"] and abs(result["perplexity"]["loss"] - result["loss"]["loss"]) > 0.1
 
 
+def share(rights: list[bool]) -> float:
+    return sum(rights) / len(rights)
+
+
+def loss_again(lines: list[dict]) -> float:
+    return sum(line["loss"] for line in lines) / sum(line["tokens"] for line in lines)
+
+
+def perplexity_again(lines: list[dict]) -> dict:
+    return {"perplexity": np.exp(loss_again(lines)), "loss": loss_again(lines)}
+
+
+def accuracy_again(lines: list[dict]) -> dict:
+    return {"accuracy": share([line["prediction"] == line["answer"] for line in lines])}
+
+
+def choices_again(lines: list[dict]) -> dict:
+    found = {}
+    for name, length in {"acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}.items():
+        rights = []
+        for line in lines:
+            scores = [value / length(text)
+                      for value, text in zip(line["log_likelihoods"], line["choices"], strict=True)]  # fmt: skip
+            rights.append(line["choices"][int(np.argmax(scores))] == line["answer"])
+        found[name] = share(rights)
+    return found
+
+
+def matches_again(lines: list[dict]) -> dict:
+    return {"exact_match": share([line["prediction"] == line["answer"].strip() for line in lines])}
+
+
+def rouge_again(lines: list[dict]) -> dict:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(line["answer"], line["prediction"]) for line in lines]
+    return {kind: np.mean([score[kind].fmeasure for score in scores]) for kind in kinds}
+
+
+# Of each metric: the flags, and its values from the lines of predictions alone.
+EVERY_METRIC = {
+    "accuracy": (["--data", "{reviews}", "--template", "imdb"], accuracy_again),
+    "loss": (["--data", "{questions}"], lambda lines: {"loss": loss_again(lines)}),
+    "perplexity": (["--data", "{questions}"], perplexity_again),
+    "perplexity of a text": (["--data", "{text}", "--max_length", "16"], perplexity_again),
+    "multiple_choice": (["--data", "{quiz}"], choices_again),
+    "exact_match": (["--data", "{questions}", "--max_new_tokens", "5"], matches_again),
+    "rouge": (["--data", "{questions}", "--max_new_tokens", "5", "--num_beams", "2"], rouge_again),
+}
+
+
+@pytest.mark.parametrize("case", EVERY_METRIC)
+def test_the_predictions_of_every_metric_give_it_again(
+    exported, reviews, questions, tmp_path, monkeypatch, capsys, case
+):
+    """C51, C54: a line for each chosen example in the order of the file; a result with n and 95 % intervals."""
+    if case == "rouge":
+        pytest.importorskip("rouge_score")
+    metric = case.partition(" ")[0]
+    places = {"reviews": reviews, "questions": questions}
+    places |= {"text": tmp_path / "text.txt", "quiz": tmp_path / "quiz.jsonl"}
+    places["text"].write_text("the film was slow and bright .\n" * 9)
+    places["quiz"].write_text("".join(json.dumps({"question": f"{i}?", "choices": ["good film", f"slow {i}", "x"],
+                                                  "answer": i % 3}) + "\n" for i in range(11)))  # fmt: skip
+    flags, again = EVERY_METRIC[case]
+    flags = [flag.format(**places) for flag in flags]
+    status, out, err = command(monkeypatch, capsys, "--model", exported, "--dtype", "float32", "--limit", 7, "--metric",
+                               metric, *flags, "--predictions", tmp_path / "p.jsonl")  # fmt: skip
+    assert status == 0, err
+    result, lines = json.loads(out), [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == result["n"] == 7 and result["metric"] == metric and result["limit"] == 7
+    if case == "perplexity of a text":
+        assert [line["window"] for line in lines] == list(range(7)) and (result["window"], result["stride"]) == (16, 8)
+    else:
+        size = 23 if case == "accuracy" else 11
+        assert [line["row"] for line in lines] == [1 + i for i in sample_indices(size, 7).tolist()]
+    for name, value in again(lines).items():
+        assert result[name] == pytest.approx(value, rel=1e-9)
+    for name, interval in result["intervals"].items():
+        if interval:
+            assert interval["low"] <= result[name] <= interval["high"] and interval["confidence"] == 0.95
+
+
 def test_all_ranks_together_write_a_prediction_of_each_example(ranks, exported, reviews, cache, tmp_path):
     for size in (1, 2):
         ranks(size, predict_on_ranks, cache, exported, reviews, tmp_path / f"{size}.jsonl")
@@ -313,6 +398,9 @@ MISTAKES = {
     "beams of what is not written": (["--num_beams", "2"], "--num_beams 2: expected --metric rouge or exact_match"),
     "windows of rows": (["--stride", "2", "--metric", "perplexity"], "--stride 2: expected a text file with --metric"),
     "words compared as texts": (["--metric", "rouge"], "--metric rouge: expected a template whose answers are free"),
+    "words of free text": (["--data", "{free}", "--template", "gsm8k", "--metric", "multiple_choice"],
+                           "free.jsonl:1: choices is None, expected a list of two or more texts"),
+    "a text with a template": (["--data", "{text}", "--template", "imdb"], "--template imdb: expected rows with it"),
     "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
     "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),
     "result cannot be written": (["--output", "{parts}"], "--output {parts}: Is a directory"),
@@ -323,7 +411,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tmp_path, monkeypatch, capsys, case):
     """R15, R18, R19: found before any scoring, except that a result cannot be written."""
     places = {name: tmp_path / name for name in ("parts", "small", "cut")}
-    places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")}
+    places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")} | {"text": tmp_path / "text.txt"}
+    places["text"].write_text("A film.\n" * 9)
     places["parts"].mkdir()
     first = reviews.read_text().splitlines()[0] + "\n"
     (places["parts"] / "train.jsonl").write_text(first)
@@ -342,6 +431,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tm
     arguments = [argument.format(**places) for argument in arguments]
     status, out, err = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--template", "imdb",
                                "--limit", 2, *arguments)  # fmt: skip
-    lines = {"bad row": 2, "too short": 6}.get(case, 1)  # the first five bad rows, and how many there are
+    # The first five bad rows, and how many there are.
+    lines = {"bad row": 2, "words of free text": 2, "too short": 6}.get(case, 1)
     assert status == 2 and len(err.splitlines()) == lines and expected.format(**places) in err.splitlines()[0], err
     assert not dist.is_initialized() and (not out or case == "result cannot be written")

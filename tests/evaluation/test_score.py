@@ -17,6 +17,7 @@ from llama.data.examples import EncodedData, encode_file
 from llama.data.templates import Template
 from llama.data.tokenizer_files import load_tokenizer
 from llama.data.unlabelled import UnlabelledTemplate
+from llama.evaluation import losses
 from llama.evaluation.score import answer_ids, evaluate, sample_indices
 from llama.storage import pretrained
 from llama.storage.base import config_from_json
@@ -92,6 +93,32 @@ def test_loss_and_perplexity_are_the_sum_of_losses_over_the_number_of_tokens(ran
     for results in ranks(2, score_on_rank, folder, every_token=every_token):
         for metrics, predicted, _ in results:
             assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "n": 19} and predicted == {}
+
+
+@pytest.mark.parametrize("most_logits", [1, 1280 * 200, 1 << 27], ids=["one at a time", "few together", "all"])
+def test_losses_of_single_examples_add_up_to_the_loss(ranks, wordy, most_logits):
+    """C51: each example's own loss, however many fit into one forward, and their sum over all ranks."""
+    folder, words = wordy
+    model, encoded = plain_model(), opened(folder)
+    expected = {i: example_by_example(model, encoded, words, every_token=True, indices=[i])[0] for i in range(19)}
+    by_rank = ranks(2, score_each_on_rank, folder, most_logits)
+    for batch_size, results in zip(BATCH_SIZES, zip(*by_rank, strict=True), strict=True):
+        merged = {}
+        for metrics, found, forwards in results:
+            assert metrics["n"] == 19 and merged.keys().isdisjoint(found) and forwards == results[0][2]
+            merged |= found
+        assert results[0][2] >= -(-19 // (2 * batch_size))
+        assert {i: scored.loss / scored.labels for i, scored in merged.items()} == pytest.approx(expected, rel=1e-5)
+        total = sum(scored.loss for scored in merged.values()) / sum(scored.labels for scored in merged.values())
+        assert results[0][0]["loss"] == pytest.approx(total, rel=1e-12)
+
+
+def score_each_on_rank(folder: Path, most_logits: int) -> list:
+    losses.MOST_LOGITS, before = most_logits, losses.MOST_LOGITS
+    try:
+        return score_on_rank(folder, every_token=True, each=True)
+    finally:
+        losses.MOST_LOGITS = before
 
 
 class FixedLogits(nn.Module):
