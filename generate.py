@@ -64,7 +64,7 @@ class Asked:
     def request(self, ids: list[int], shown: Callable[[str], object] | None = None) -> tuple[Request, Listener]:
         """Ask for the text behind these ids."""
         stream = TextStream(self.tokenizer.decode_new, self.settings.stop, shown)
-        listener = Listener(stream, self.words)
+        listener = Listener(stream, self.words, at_once=self.settings.num_beams > 1)
         return Request(ids, self.settings, self.stop_ids, listener), listener
 
     def answer(self, ids: list[int]) -> str:
@@ -90,7 +90,7 @@ def main() -> None:
     base = Base.pretrained(settings.model, settings.max_length or 0, settings.control_tokens)
     template = template_of(settings, base.tokenizer)
     words = answers_of(template, base.tokenizer)
-    if words:  # behind them training has no end token
+    if words:  # training has no end token behind them
         longest = max(map(len, words))
         settings = replace(settings, max_new_tokens=min(longest, settings.max_new_tokens))
     room = room_of(
@@ -162,7 +162,7 @@ def answer_rows(asked: Asked, prompts: list[Prompt], output: AnswerFile | None) 
                 progress.update()
     except KeyboardInterrupt:
         if output:
-            announce([f"{len(answers)} of {len(prompts)} answers are kept; the same command goes on with the others"])
+            announce([f"{output.own}: keeps the answers so far; the same command goes on with the others"])
         raise
     seconds = time.perf_counter() - began
     parts = gather((answers, sum(answers[number]["tokens"] for number in mine)), group)

@@ -22,6 +22,8 @@ def read_message(prompt: str) -> str | None:
 
     Lines can be edited and called back where Python has readline. Raises UserError for what is not text.
     """
+    if sys.stdin is None:  # it was closed
+        return None
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         with suppress(ImportError):  # importing it is what makes `input` use it
@@ -40,7 +42,9 @@ def read_message(prompt: str) -> str | None:
 
 def read_all() -> str:
     """The whole text on stdin, without the line end that a shell puts behind it. Raises UserError for other bytes."""
+    if sys.stdin is None:
+        raise UserError("stdin: is closed, expected text")
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.buffer.read().decode().replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"stdin: byte {error.start} is not {error.encoding}, expected text") from None
+        raise UserError(f"stdin: byte {error.start} is not UTF-8, expected text") from None

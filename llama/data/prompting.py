@@ -163,7 +163,8 @@ def prompt_ids(
     assert encoded is not None  # without an answer, only length is a reason for None
     if len(encoded.ids) > room.at_most:
         found = f"a prompt of {len(encoded.ids)} tokens"
-        raise UserError(f"{where}{found}, expected {room.at_most} at most, so that the answer has room behind it")
+        others = "--max_new_tokens takes the model's other positions"
+        raise UserError(f"{where}{found}, expected {room.at_most} at most; {others}")
     if not encoded.ids:
         raise UserError(f"{where}an empty prompt, and this tokenizer has no BOS to begin with; expected some text")
     return encoded.ids, encoded.was_cut
@@ -239,7 +240,7 @@ def room_of(positions: int, max_length: int | None, answer: int, side: str) -> R
     answer takes all positions.
     """
     if answer >= positions:
-        raise UserError(f"an answer of {answer} tokens: the model has {positions} positions, expected fewer tokens")
+        raise UserError(f"--max_new_tokens {answer}: the model has {positions} positions, expected fewer tokens")
     most = positions - answer
     wanted = most if max_length is None or max_length <= answer else max_length - answer
     return Room(wanted, most, side)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llama.boundary.durable import locked, replace_durably
-from llama.boundary.errors import UserError, as_user_error, first_few
+from llama.boundary.errors import UserError, as_user_error
 
 SUFFIX = ".unfinished-"
 
@@ -80,10 +80,9 @@ class AnswerFile:
             return []
         differing = [name for name in self.asked if found[0].get(name) != self.asked[name]]
         if differing:
-            raise UserError(
-                f"--output {self.path}: {file.name} holds answers of another command: {first_few(differing)} differ; "
-                "repeat that command, or delete it, or name another file"
-            )
+            names = ", ".join(differing[:3])
+            way_out = "repeat that command, delete this file, or name another one"
+            raise UserError(f"{file}: keeps answers of a command that differs from this one in {names}; {way_out}")
         return [(number, answer) for number, answer in found[1:]]
 
 

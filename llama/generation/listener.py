@@ -11,10 +11,12 @@ class Listener:
 
     stream:        the text; see TextStream.
     whole_answers: ids that are complete answers. Training teaches no end token behind the words of a template.
+    at_once:       all ids come at the end, as those of beams do.
     """
 
-    def __init__(self, stream: TextStream, whole_answers: Sequence[list[int]] = ()):
+    def __init__(self, stream: TextStream, whole_answers: Sequence[list[int]] = (), at_once: bool = False):
         self.stream = stream
+        self.at_once = at_once
         self.whole_answers = whole_answers
         self.ids: list[int] = []
         self.began = time.perf_counter()
@@ -29,8 +31,11 @@ class Listener:
     def speed(self, prompt: int, reason: str) -> str:
         """A sentence on an answer that has just ended, to a prompt of so many tokens."""
         now = time.perf_counter()
-        first_at = self.first_at or now
         count = len(self.ids)
+        first_at = self.first_at or now
+        if self.at_once:
+            spent = f"in {now - self.began:.2f} s, {count / (now - self.began):.1f} tokens per second"
+            return f"prompt: {prompt} tokens; answer: {count} tokens {spent} (ended by: {reason})"
         seconds = now - first_at
         rate = f", {(count - 1) / seconds:.1f} tokens per second" if count > 1 and seconds > 0 else ""
         read = f"prompt: {prompt} tokens in {first_at - self.began:.2f} s"
