@@ -32,9 +32,10 @@ from llama.data.prompting import Prompt, Prompts, answers_of, room_of
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.asking import prompts_of, template_of
 from llama.generation.answer_file import AnswerFile, json_line
+from llama.generation.batch import Batch
 from llama.generation.decode import generate
 from llama.generation.listener import Listener
-from llama.generation.request import Request
+from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
 from llama.generation.step import lay_out
 from llama.generation.text import TextStream
@@ -47,6 +48,7 @@ from llama.storage.peft import adapter_notes, read_adapter
 from llama.training.finished_run import from_runs
 from lora import Changes, open_model
 
+INTERRUPTED = "Ctrl-C"
 HELP = "/reset forgets what was said, /undo your last text and its answer; /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
@@ -67,22 +69,24 @@ class Asked:
         listener = Listener(stream, self.words, at_once=self.settings.num_beams > 1)
         return Request(ids, self.settings, self.stop_ids, listener), listener
 
-    def answer(self, ids: list[int]) -> str:
-        """Continue one prompt, show the text as it comes, and say how long it took. Returns the text, also where Ctrl-C
-        has ended it in a conversation."""
+    def answer(self, ids: list[int], batch: Batch) -> tuple[str, str]:
+        """Continue one prompt, show the text as it comes, and say how long it took. Returns the text, and why it ends:
+        in a conversation also because of Ctrl-C, and then the batch is of no further use."""
         request, listener = self.request(ids, show if self.process.is_rank_zero else None)
         try:
-            ((_, answer),) = generate(self.model, [request], 1)
-            reason = answer.reason
+            ended = batch.add([(0, request)]) if self.settings.max_new_tokens else [(0, Answer([], "length"))]
+            while not ended:
+                ended = batch.step()
+            reason = ended[0][1].reason
         except KeyboardInterrupt:
             if not self.settings.chat:
                 raise
-            reason = "Ctrl-C"
+            reason = INTERRUPTED
         text = listener.stream.finish()
         if self.process.is_rank_zero:
             show("\n")
             announce([listener.speed(len(ids), reason)])
-        return text
+        return text, reason
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def main() -> None:
         elif settings.prompts:
             answer_rows(asked, prompts.prompts, output)
         else:
-            asked.answer(prompts.prompts[0].ids)
+            asked.answer(prompts.prompts[0].ids, Batch(model))
 
 
 def identity(settings: GenerateSettings, base: Base, prompts: Prompts, others: tuple) -> dict:
@@ -187,6 +191,7 @@ def print_ready(answers: dict[int, dict], first: int) -> int:
 def converse(asked: Asked, dialogue: Dialogue) -> None:
     """Answer what the user types, until the input ends."""
     group = group_that_waits()
+    batch = Batch(asked.model, remember=True)  # a turn reads only what the turns before it have not read
     announce([HELP])
     while True:
         typed = read_message("> ") if asked.process.is_rank_zero else None
@@ -203,7 +208,10 @@ def converse(asked: Asked, dialogue: Dialogue) -> None:
                 continue
             if forgotten:
                 announce([f"the model has no position for all that was said: it forgets the oldest {forgotten} turns"])
-            dialogue.answer(asked.answer(ids))
+            text, reason = asked.answer(ids, batch)
+            dialogue.answer(text)
+            if reason == INTERRUPTED:
+                batch = Batch(asked.model, remember=True)
 
 
 if __name__ == "__main__":
