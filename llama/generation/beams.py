@@ -32,9 +32,10 @@ class Beams:
     If tokens are drawn, the candidates are not the best ones, but drawn without replacement from the softmax of all
     scores: by the largest of score + Gumbel noise (Kool et al. 2019, https://arxiv.org/abs/1903.06059).
 
-    Steps, ties and early stopping are those of transformers' beam search.
+    The steps and early stopping are those of transformers' beam search. Where fewer than num_beams texts are possible,
+    that one goes on with copies whose score is -1e9; here there are fewer rows.
 
-        beams = Beams(prompt, settings, stop_ids, longest)
+        beams = Beams(prompt, settings, stop_ids, positions_left)
         while not beams.done:
             tokens, parents = beams.advance(logits)         # logits (beams.rows, V)
             logits = the model's, where row i is the old row parents[i], continued by tokens[i]
@@ -57,8 +58,8 @@ class Beams:
 
     @property
     def rows(self) -> int:
-        """The number of living beams: 1 before the first step, then num_beams, or fewer where fewer texts are possible
-        (in a small vocabulary, or if most n-grams may not come again)."""
+        """The number of living beams: 1 before the first step, then num_beams, or fewer where fewer texts are possible:
+        in a small vocabulary, or if few n-grams are left that may still come."""
         return len(self.texts)
 
     def advance(self, logits: Tensor) -> tuple[list[int], list[int]]:
@@ -91,7 +92,8 @@ class Beams:
         """The best text that ended. If none did, the best one so far: each token would have repeated an n-gram."""
         if self.finished:
             return self.finished[0].answer
-        return Answer(self.texts[0][self.prompt_length :], self.reason_at_longest if self.longest <= 0 else "no_repeat")
+        reason = "no_repeat" if self.longest > 0 else self.reason_at_longest
+        return Answer(self.texts[0][self.prompt_length :], reason)
 
     def _candidates(self, logits: Tensor, length: int) -> tuple[Tensor, list[tuple[int, int]]]:
         """The texts that are looked at, in their order: scores (C) on the CPU, and C times (row, new token)."""

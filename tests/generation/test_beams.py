@@ -159,7 +159,9 @@ def test_beams_wider_than_the_vocabulary_and_vocabularies_of_one_and_two_tokens(
 
 @pytest.mark.parametrize("draws", [False, True])
 def test_where_every_token_would_repeat_an_n_gram_the_answer_ends(draws):
-    settings = dict(num_beams=2, temperature=float(draws), no_repeat_ngram_size=1)
+    settings = dict(num_beams=2, no_repeat_ngram_size=1)
+    if draws:
+        settings |= dict(temperature=1.0, top_k=2, top_p=0.99, min_p=0.01)
     assert run(fixed(1.0), [0], GenerationSettings(**settings)) == Answer([], "no_repeat")
     answer = run(fixed(1.0, 0.0, 0.5), [0], GenerationSettings(**settings))
     assert answer.reason == "no_repeat" and sorted(answer.ids) == [1, 2]
