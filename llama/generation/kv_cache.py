@@ -62,8 +62,8 @@ class KVCache:
         heads = rows[:, None] * len(self.heads) + self.heads
         self.slots = (heads * self.room[1] + positions[:, None]).flatten()
         hidden = torch.arange(seen[1], device=self.device) > positions[:, None]
-        mask = self.mask_of(hidden, self.score_dtype)
-        self.mask = mask.repeat_interleave(len(self.heads), dim=0)[:, None]  # (rows * K, 1, S)
+        mask = self.mask_of(hidden, self.score_dtype)[:, None, None]
+        self.mask = mask.expand(-1, len(self.heads), -1, -1).flatten(0, 1)  # (rows * K, 1, S)
 
     @torch.compiler.disable  # shapes change while texts grow; compiled layers must not depend on them
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ All give the same numbers up to the order of sums, for any count of rows. Measur
 """
 
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -141,18 +142,23 @@ class Packed(Layout):
         raise TypeError("oneDNN's order is its own: expected a look-up in the unpacked weight")
 
     @staticmethod
-    def available() -> bool:
-        """Whether this PyTorch has the private operators."""
-        operators = ("_reorder_linear_weight", "_linear_pointwise")
-        return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    @cache
+    def available(dtype: torch.dtype) -> bool:
+        """Whether this PyTorch has the private operators and this processor runs them: they are tried."""
+        one = torch.ones(1, 1, dtype=dtype)
+        try:
+            return torch.backends.mkldnn.is_available() and bool(Packed(one, None, {})(one) == 1)
+        except (AttributeError, RuntimeError):
+            return False
 
 
 def choose(weight: Tensor, rows: int) -> type[Layout]:
     """The layout in which products of about `rows` rows by `weight` (O, D) are fastest."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+    dtype = weight.dtype
+    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return Rows
     if rows > 1:
-        return Packed if Packed.available() else Rows
-    if weight.dtype == torch.float32 and len(weight) >= WIDE:
-        return Columns
-    return Panels if Panels.available() else Rows
+        return Packed if Packed.available(dtype) else Rows
+    if not Panels.available():
+        return Rows
+    return Columns if dtype == torch.float32 and len(weight) >= WIDE else Panels
