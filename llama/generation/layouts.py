@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 WIDE = 8192  # outputs from which one plain product of a row by (D, O) reads as fast as panels do, in fp32
+FAST_DTYPES = (torch.float32, torch.bfloat16)  # for which a CPU has the kernels of the layouts below
 PANEL_BYTES = 128  # of one row of a panel: two cache lines
 MANY_ROWS = 64  # from here on it pays to write panels out as (D, O) before they are multiplied
 
@@ -155,7 +156,7 @@ class Packed(Layout):
 def choose(weight: Tensor, rows: int) -> type[Layout]:
     """The layout in which products of about `rows` rows by `weight` (O, D) are fastest."""
     dtype = weight.dtype
-    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if weight.device.type != "cpu" or dtype not in FAST_DTYPES:
         return Rows
     if rows > 1:
         return Packed if Packed.available(dtype) else Rows

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from llama.boundary.command_line import announce
 from llama.generation.captured import CapturedSteps
 from llama.generation.kv_cache import KVCache
-from llama.generation.layouts import Layout, Rows, choose
+from llama.generation.layouts import FAST_DTYPES, Layout, Rows, choose
 from llama.model import Llama
 from llama.model.attention import Attention, AttentionContext
 from llama.model.decoder import DecoderLayer
@@ -28,7 +29,13 @@ def lay_out(model: Llama, rows: int) -> Llama:
 
     A model with other parts (adapters, quantised linears, FSDP's shards) is returned as it is.
     """
-    return FlatLlama(model, rows) if all(type(module) in PARTS for module in model.modules()) else model
+    if not all(type(module) in PARTS for module in model.modules()):
+        return model
+    flat = FlatLlama(model, rows)
+    if flat.norm.weight.device.type == "cpu" and flat.norm.weight.dtype in FAST_DTYPES and isinstance(flat.head, Rows):
+        lacking = "this PyTorch has no kernels for this processor that read weights in the order of a step"
+        announce([f"{lacking}: each token may take twice as long as elsewhere"])
+    return flat
 
 
 class FlatLlama(Llama):

@@ -76,7 +76,7 @@ def test_texts_equal_those_of_the_model_as_it_was(batch_size):
 
 
 def test_steps_of_fixed_shapes_equal_the_steps_that_grow():
-    """What a GPU records: 3 of 5 prompts at a time, so rows are left over, and the cache grows from 256 to 512."""
+    """What a GPU records: 3 of 5 prompts at a time, so a row is left over, and the cache grows from 256 to 512."""
     model = random_model({"max_position_embeddings": 300})
     prompts = [random_tokens(96, [length], seed=length).tolist() for length in (5, 1, 240, 17, 3)]
     requests = [Request(prompt, GenerationSettings(max_new_tokens=30)) for prompt in prompts]
@@ -95,11 +95,27 @@ def test_a_model_with_quantised_linears_or_an_adapter_stays_as_it_is():
     assert lay_out(model, 1) is model
 
 
+def test_a_missing_kernel_is_announced_and_the_plain_product_taken(monkeypatch, capsys):
+    for layout in (Panels, Packed):
+        monkeypatch.setattr(layout, "available", lambda *_: False)
+    model = random_model({})
+    tokens = random_tokens(96)
+    expected = model.logits(tokens, PackedDocuments(LENGTHS))
+    for rows in (1, 8):
+        flat = lay_out(random_model({}), rows)
+        assert type(flat.head) is Rows
+        assert error_of(flat.logits(tokens, PackedDocuments(LENGTHS)), expected) < 1e-5
+        assert capsys.readouterr().err.count("may take twice as long") == 1
+    lay_out(random_model({}, torch.float64), 1)
+    assert not capsys.readouterr().err
+
+
 def test_the_layout_depends_on_device_dtype_and_rows():
     """Only a CPU reads slowly in the order of `Rows`. Where a kernel is missing, that order is taken."""
     narrow = torch.empty(64, 8)
     wide = torch.empty(9000, 8)
     assert choose(narrow.to("meta"), 1) is Rows and choose(narrow.double(), 8) is Rows
     assert choose(narrow, 1) is (Panels if Panels.available() else Rows)
-    assert choose(wide, 1) is (Columns if Panels.available() else Rows) and choose(wide.bfloat16(), 1) is choose(narrow, 1)
+    assert choose(wide, 1) is (Columns if Panels.available() else Rows)
+    assert choose(wide.bfloat16(), 1) is choose(narrow, 1)
     assert choose(wide, 8) is (Packed if Packed.available(torch.float32) else Rows)
