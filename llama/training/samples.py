@@ -1,6 +1,8 @@
 """Answers to a few held-out prompts, before training and after it: what a loss looks like as text."""
 
+import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from llama.boundary.errors import UserError, printable
 from llama.data.chat import Renderer
@@ -16,6 +18,8 @@ from llama.storage.base import Base
 from llama.storage.generation_config import stop_ids
 
 LONGEST_ANSWER = 64  # tokens
+LONGEST_WAIT = 20.0  # seconds: packed weights are slow on a CPU, as is gathering sharded ones over a slow network
+CUT = " ..."  # follows an answer that the model had not ended
 SIDE_BY_SIDE = 16  # prompts of a rank
 SHOWN = 96  # characters of a text on the screen
 
@@ -35,6 +39,7 @@ class Samples:
         if test is None or not count:
             return
         words = self.tokenizer.encode_batch(list(template.answers), starts_text=False)
+        self.cut = "" if words else CUT  # behind answer words training has no end token
         settings = GenerationSettings(max_new_tokens=max(map(len, words), default=LONGEST_ANSWER))
         ends = stop_ids(base, template, adapter)
         for i in sample_indices(len(test), count).tolist():
@@ -56,13 +61,14 @@ class Samples:
         if not self.requests:
             return
         mine = range(process.rank, len(self.requests), process.world_size)
-        requests = [self.requests[i] for i in mine]
+        deadline = time.monotonic() + LONGEST_WAIT
+        requests = [replace(self.requests[i], on_token=lambda _: time.monotonic() > deadline) for i in mine]
         texts: dict[int, str] = {}
         problem = None
         was_training = model.training
         try:
             for i, answer in generate(model, requests, SIDE_BY_SIDE, any_rank):
-                texts[mine[i]] = self._text(answer.ids)
+                texts[mine[i]] = self._text(answer.ids) + ("" if answer.reason == "stop" else self.cut)
         except UserError as error:
             problem = f"--sample_prompts: {error}"
         model.train(was_training)

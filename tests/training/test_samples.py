@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chats import MESSAGES, trained_prompt, write_base
-from runs import assert_equal_runs, lines_of, summary_of, train_here, write_reviews
+from runs import assert_equal_runs, lines_of, replaced, summary_of, train_here, write_reviews
 from sharded import build, this_process
 
 from llama.boundary.errors import UserError
@@ -15,6 +15,7 @@ from llama.data.chat import Chat
 from llama.data.examples import encode_file
 from llama.data.templates import Template
 from llama.storage.base import TINY, Base
+from llama.training import samples
 from llama.training.samples import Samples, _shortened, _start_of_answer
 from llama.training.settings import TrainingSettings
 
@@ -60,7 +61,8 @@ def write_questions(folder: Path, count: int = 5) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_run_is_bit_for_bit_the_same_with_and_without_samples(trained, size):
     """C48: no random number, mode or gathered copy of the weights is left changed."""
     assert_equal_runs(trained(size, sample_prompts=3), trained(size, sample_prompts=0), STEPS)
@@ -172,7 +174,22 @@ def test_ranks_share_the_prompts_and_transformers_gives_the_same_answers(ranks, 
         ids = torch.tensor([base.tokenizer.encode(sample["prompt"])])
         with torch.no_grad():
             output = theirs.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=[0], pad_token_id=0)
-        assert sample["before"] == base.tokenizer.decode(output[0, ids.shape[1] :].tolist(), starts_text=False).strip()
+        new = output[0, ids.shape[1] :].tolist()
+        cut = "" if new[-1] == 0 else " ..."
+        assert sample["before"] == base.tokenizer.decode(new, starts_text=False).strip() + cut
+
+
+def test_a_slow_model_is_not_waited_for(ranks, tmp_path, cache):
+    """Each answer ends with the first token after the time that is given, and the last ones say that they are cut."""
+    folder, path = write_base(tmp_path / "base"), write_questions(tmp_path)
+    for found in ranks(2, asked_in_a_hurry, folder, path):
+        assert len(found) == 3 and all(sample["before"].endswith(" ...") for sample in found)
+        assert max(len(sample["before"]) for sample in found) < 10  # a token is a byte
+
+
+def asked_in_a_hurry(folder: Path, path: Path) -> list[dict]:
+    with replaced(samples, LONGEST_WAIT=-1.0):
+        return asked(folder, path, 3)[0]
 
 
 def refused(folder: Path, path: Path) -> str:
