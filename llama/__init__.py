@@ -5,13 +5,14 @@
                  and stops, and what it prints
     data         from a row in a file to a packed stream of tokens and labels
     parallel     several processes, and what each holds of a model
-    generation   from a prompt to text (not built yet)
+    generation   from a prompt to text
     storage      files of weights: pretrained folders, adapters, checkpoints, and what lies beside them
     evaluation   how good a model is
     training     one run: its flags and their ranges (settings.py), plan, optimizer, report, pictures, tracking
 
-The scripts above the rooms tell one story each. fsdp_train.py trains, evaluate.py scores, checkpoints.py lists and
-exports what a run has saved. lora.py is LoRA, and merges an adapter; data.py is the data sets, and shows one.
+The scripts above the rooms tell one story each. fsdp_train.py trains, generate.py answers, evaluate.py scores,
+checkpoints.py lists and exports what a run has saved. lora.py is LoRA, and merges an adapter; data.py is the data sets,
+and shows one.
 
 The life of one review, `python fsdp_train.py --data imdb`, from a row in a file to a checkpoint:
 
@@ -26,6 +27,14 @@ The life of one review, `python fsdp_train.py --data imdb`, from a row in a file
 
 A conversation takes another way from 1 to 3: its turns are read by data/conversation.py, and data/layouts.py writes
 them as segments; data/chat_template.py compares the prompts with those of the model's own chat template.
+
+The life of one prompt, `python generate.py --model runs/imdb-tiny --prompts mine.jsonl`, from a row to its answer:
+
+    1  prompt      the segments before the answer, encoded as in 2 and 3 above          data/prompting.py
+    2  prefill     unequal prompts are one packed stream; keys and values are kept      generation/kv_cache.py
+    3  choice      scores of the last token: penalties, filters; the best, or a draw    generation/scores.py, beams.py
+    4  step        one token of each living text; a text that ends leaves at once       generation/decode.py, step.py
+    5  text        ids become whole characters, up to a stop text; a line of JSON       generation/text.py, generate.py
 
 What to read in an hour, in this order: model/ (config, norm, rope, attention, packed, mlp, embedding, loss, decoder),
 data/batches.py, parallel/distribute.py, lora.py, training/optim.py, and fsdp_train.py from top to bottom. The other

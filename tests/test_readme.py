@@ -12,6 +12,7 @@ import pytest
 from fresh_copy import copy_of_the_project
 
 from llama.boundary.command_line import parse
+from llama.evaluation.settings import EvaluationSettings, GenerateSettings
 from llama.storage.settings import MergeSettings
 from llama.training.settings import TrainingSettings
 
@@ -75,18 +76,20 @@ def test_the_readme_has_two_commands_that_set_everything_up():
     assert "requirements-dev.txt" in (ROOT / ".ci/run").read_text() and "pytest" in (ROOT / ".ci/run").read_text()
 
 
-TABLE_COMMANDS = re.findall(r"\| `([^`]* (?:fsdp_train|lora)\.py [^`]*)` \|", README)
+SETTINGS = {"fsdp_train": TrainingSettings, "lora": MergeSettings, "evaluate": EvaluationSettings,
+            "generate": GenerateSettings}  # fmt: skip
+TABLE_COMMANDS = re.findall(r"\| `([^`]* (?:fsdp_train|lora|generate|evaluate)\.py [^`]*)` \|", README)
 
 
 @pytest.mark.parametrize("command", TABLE_COMMANDS)
 def test_the_commands_of_the_tables_have_flags_that_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     launcher, script, flags = re.fullmatch(r"(python|torchrun --nproc_per_node \d+) (\w+)\.py (.*)", command).groups()
-    parse({"fsdp_train": TrainingSettings, "lora": MergeSettings}[script], shlex.split(flags))
+    parse(SETTINGS[script], shlex.split(flags))
 
 
 def test_the_tables_hold_commands():
-    assert len(TABLE_COMMANDS) == 5
+    assert len(TABLE_COMMANDS) == 9
 
 
 @pytest.mark.slow
@@ -98,6 +101,15 @@ def test_the_first_command_leaves_what_the_readme_says(trained):
     for name in names - {"checkpoints/step-000329"}:
         assert (trained / name).exists(), name
     assert json.loads((trained / "summary.json").read_text())["bundled_sample"] is True
+
+
+@pytest.mark.slow
+def test_the_command_that_asks_prints_the_answer_alone(trained, clone):
+    """README and guide show the same one."""
+    [command] = {c for c in COMMANDS if "--model runs/imdb-tiny --prompt" in c}
+    words = [sys.executable, *shlex.split(command)[1:]]
+    asked = subprocess.run(words, cwd=clone, env=environment(clone), text=True, capture_output=True)
+    assert asked.stdout.strip() in ("positive", "negative") and "--template imdb" in asked.stderr, asked.stderr
 
 
 @pytest.mark.slow
@@ -179,6 +191,9 @@ def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trai
     merging = merging.replace("huggyllama/llama-7b", "runs/imdb-tiny/model").replace("alpaca-llama-7b", "alpaca-model")
     run(merging, clone)
     assert (clone / "merged/model.safetensors").exists()
+    [asking] = [c for c in COMMANDS if "Tell me about Alpacas" in c]
+    asking = asking.replace("alpaca-llama-7b", "alpaca-model").replace("256", "16")
+    assert "using runs/alpaca-model/adapter" in run(asking, clone)
 
 
 @pytest.mark.slow
