@@ -17,7 +17,6 @@ if __name__ == "__main__":  # --help and mistyped flags need not wait until torc
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,38 +86,31 @@ def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
 def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
     """A metric on the examples of a data set, and what it is of, for the result."""
     found, data, split = read(settings, base)
-    name = settings.metric or ("accuracy" if found.template.answers else "loss")
-    refuse_misfit(name, found.template)
+    template = found.template
+    name = name_of(settings, template)
     about = describe(settings, name) | {
-        "template": found.template.name,
+        "template": template.name,
         "bundled_sample": found.source.bundled_sample,
         "split": split,
         "held_out": found.held_out if split else None,
         "bad_rows": data.bad_row_count,
     }
+    if name not in GENERATING and not isinstance(template, OptionsTemplate):
+        return Answers(name, data, template, base.tokenizer, settings.batch_size, settings.limit), about
+    # What is encoded does not tell one option from another, nor the whole answer: these rows are read once more.
     rows = set(data.rows[sample_indices(len(data), settings.limit)].tolist())
     paths = found.source.files["test" if split == "test" and not found.held_out else "train"]
-    if name in GENERATING:
-        return written(settings, base, found, paths, rows), about
-    if isinstance(found.template, OptionsTemplate):
+    if isinstance(template, OptionsTemplate):
         limits = (settings.max_length, settings.truncate_side)
-        questions = read_questions(paths, rows, found.template, base.tokenizer, *limits)
+        questions = read_questions(paths, rows, template, base.tokenizer, *limits)
         return Choices(questions, base.tokenizer, settings.batch_size), about
-    answers = Answers(name, data, found.template, base.tokenizer, settings.batch_size, settings.limit)
-    return answers, about
-
-
-def written(
-    settings: EvaluationSettings, base: Base, found: DataSet, paths: tuple[Path, ...], rows: set[int]
-) -> Written:
-    """The prompts of these rows, for a metric of what the model writes."""
-    comparison = Rouge() if settings.metric == "rouge" else ExactMatch()
+    comparison = Rouge() if name == "rouge" else ExactMatch()
     most = room_of(base.config.max_position_embeddings, None, settings.max_new_tokens, settings.truncate_side)
     room = most._replace(cut_to=min(settings.max_length, most.cut_to))  # as long as in training, or shorter
-    read = read_prompts(paths, found.template, base.tokenizer, room, found.source.category, settings.skip_bad_rows)
-    prompts = [prompt for prompt in read.prompts if prompt.row in rows and prompt.reference is not None]
-    stops = stop_ids(base, found.template, settings.adapter)
-    return Written(comparison, prompts, base.tokenizer, settings, stops, settings.batch_size)
+    found_prompts = read_prompts(paths, template, base.tokenizer, room, found.source.category, settings.skip_bad_rows)
+    prompts = [prompt for prompt in found_prompts.prompts if prompt.row in rows]
+    stops = stop_ids(base, template, settings.adapter)
+    return Written(comparison, prompts, base.tokenizer, settings, stops, settings.batch_size), about
 
 
 def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData, str | None]:
@@ -129,7 +121,11 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     )
     split = "train" if is_whole else settings.split
     data_settings = replace(settings, test_fraction=0.0) if is_whole else settings
-    found = load_data(data_settings, base.tokenizer, splits=(split,), adapt=adaptation(settings))
+
+    def adapt(template: Renderer) -> Renderer:
+        return as_metric_reads(settings, template)
+
+    found = load_data(data_settings, base.tokenizer, splits=(split,), adapt=adapt)
     data = found.train if split == "train" else found.test
     if data is None:
         parts = ", ".join(found.source.files)
@@ -138,26 +134,24 @@ def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData
     return found, data, None if is_whole else split
 
 
-def adaptation(settings: EvaluationSettings) -> Callable[[Renderer], Renderer]:
-    """How the template is to read rows for this metric."""
-
-    def adapt(template: Renderer) -> Renderer:
-        if settings.metric == "multiple_choice":
-            return OptionsTemplate(template)
-        if settings.predictions and settings.metric in (None, "accuracy") and isinstance(template, Template):
-            return UnlabelledTemplate(template) if template.answers else template
-        return template
-
-    return adapt
+def name_of(settings: EvaluationSettings, template: Renderer) -> str:
+    return settings.metric or ("accuracy" if template.answers else "loss")
 
 
-def refuse_misfit(name: str, template: Renderer) -> None:
-    """Raises UserError for a metric that says nothing about the answers of this template."""
+def as_metric_reads(settings: EvaluationSettings, template: Renderer) -> Renderer:
+    """The template, reading rows as the metric needs them. Raises UserError where the metric says nothing about its
+    answers."""
+    name = name_of(settings, template)
     if name == "accuracy" and not template.answers:
         raise UserError(f"--metric accuracy: expected a template with answer words, found {template.name}")
     if name in GENERATING and template.answers:
         found = f"found {template.name}, whose answers are words: --metric accuracy and multiple_choice are for these"
         raise UserError(f"--metric {name}: expected a template whose answers are free text, {found}")
+    if name == "multiple_choice":
+        return OptionsTemplate(template)
+    if name == "accuracy" and settings.predictions and isinstance(template, Template):
+        return UnlabelledTemplate(template)
+    return template
 
 
 def describe(settings: EvaluationSettings, metric: str) -> dict:

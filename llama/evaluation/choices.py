@@ -9,7 +9,6 @@ import torch
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
-from llama.data.batches import pack
 from llama.data.encoding import encode_rows
 from llama.data.options import OptionsTemplate, Question, rows_of
 from llama.data.tokenizer import Tokenizer
@@ -17,12 +16,15 @@ from llama.evaluation.intervals import wilson
 from llama.evaluation.losses import few_enough, in_memory, losses_of_examples
 from llama.evaluation.outcome import Outcome
 from llama.evaluation.score import own_batches
+from llama.evaluation.shared_prefix import Packer
 from llama.model import Llama
 from llama.parallel.collectives import gather
 from llama.parallel.processes import Process
 
 # What the log-likelihood of an option is divided by, for each metric.
 LENGTHS = {"acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
+
+PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm", "acc_bytes": "prediction_bytes"}  # in a line
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,29 @@ class Choices:
         self.about = {"cut_prompts": sum(question.was_cut for question in questions)}
 
     def score(self, model: Llama, process: Process) -> Outcome:
-        likelihoods = self.log_likelihoods(model, process)
-        right = dict.fromkeys(LENGTHS, 0)
         lines = []
+        likelihoods = self.log_likelihoods(model, process)
         for asked, of_options in zip(self.questions, likelihoods, strict=True):
-            question = asked.question
-            line = {"row": asked.row, "prompt": self.tokenizer.decode(asked.prompt_ids), "choices": question.texts}
-            line |= {"log_likelihoods": of_options, "answer": question.texts[question.right]}
+            texts = asked.question.texts
+            line = {
+                "row": asked.row,
+                "prompt": self.tokenizer.decode(asked.prompt_ids),
+                "choices": texts,
+                "log_likelihoods": of_options,
+                "answer": texts[asked.question.right],
+            }
             for name, length in LENGTHS.items():
-                scores = [found / length(text) for found, text in zip(of_options, question.texts, strict=True)]
-                chosen = int(np.argmax(scores))
-                right[name] += int(chosen == question.right)
-                line["prediction" + name.removeprefix("acc")] = question.texts[chosen]
+                scores = [found / length(text) for found, text in zip(of_options, texts, strict=True)]
+                line[PREDICTIONS[name]] = texts[int(np.argmax(scores))]
             lines.append(line)
-        n = len(self.questions)
-        values = {name: count / n for name, count in right.items()}
-        return Outcome(values | {"n": n}, {name: wilson(count, n) for name, count in right.items()}, lines)
+        n = len(lines)
+        values: dict = {}
+        intervals = {}
+        for name in LENGTHS:
+            right = sum(line[PREDICTIONS[name]] == line["answer"] for line in lines)
+            values[name] = right / n
+            intervals[name] = wilson(right, n)
+        return Outcome(values | {"n": n}, intervals, lines)
 
     @torch.no_grad()
     def log_likelihoods(self, model: Llama, process: Process) -> list[list[float]]:
@@ -110,13 +119,16 @@ class Choices:
         model.eval()
         options = in_memory([example for asked in self.questions for example in asked.examples])
         together = few_enough(self.batch_size, int(options.label_counts.max()), model.config.vocab_size)
-        mine = own_batches(range(len(options)), options.lengths, process, together)
+        packer = Packer(model, options, range(len(options)), process)
+        mine = own_batches(range(len(options)), packer.data.lengths, process, together)
         own: dict[int, float] = {}
         progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
         for part in progress.over(mine):
-            batch = pack(options, part, process.device)
-            own |= zip(part, (-losses_of_examples(model, batch)).tolist(), strict=True)
-        found = {i: value for part in gather(own) for i, value in part.items()}
+            losses = losses_of_examples(model, packer.pack(part))
+            own |= zip(part, (-losses).tolist(), strict=True)
+        found: dict[int, float] = {}
+        for of_rank in gather(own):
+            found |= of_rank
         if not np.isfinite(list(found.values())).all():
             raise UserError("the likelihood of an option is not finite: the model's weights are unusable")
         values = iter(found[i] for i in range(len(options)))

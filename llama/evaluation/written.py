@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Protocol
 
+from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
 from llama.data.prompting import Prompt
 from llama.data.tokenizer import Tokenizer
@@ -31,7 +32,10 @@ class Comparison(Protocol):
 
 
 class Written:
-    """A comparison of the model's texts with the references of prompts, which all have one."""
+    """A comparison of the model's texts with the references of prompts. A prompt without one is left out, and counted.
+
+    Raises UserError where no prompt has one.
+    """
 
     generates = True
 
@@ -45,14 +49,17 @@ class Written:
         batch_size: int,
     ):
         self.comparison = comparison
-        self.prompts = prompts
+        self.prompts = [prompt for prompt in prompts if prompt.reference is not None]
+        if not self.prompts:
+            raise UserError(f"none of {len(prompts)} rows has an answer, expected one to compare the model's text with")
         self.tokenizer = tokenizer
         self.settings = settings
-        self.requests = [Request(prompt.ids, settings, stop_ids) for prompt in prompts]
+        self.requests = [Request(prompt.ids, settings, stop_ids) for prompt in self.prompts]
         self.batch_size = batch_size
         self.about = comparison.about | {
             "decoding": decoding(settings) | {"stop_ids": sorted(stop_ids)},
-            "cut_prompts": sum(prompt.was_cut for prompt in prompts),
+            "cut_prompts": sum(prompt.was_cut for prompt in self.prompts),
+            "without_answer": len(prompts) - len(self.prompts),
         }
 
     def score(self, model: Llama, process: Process) -> Outcome:
@@ -76,8 +83,12 @@ class Written:
 
     def notes(self, values: dict) -> list[str]:
         """What may make the numbers smaller than the model deserves."""
-        names = {"empty": "answers without text", "reached_max_new_tokens": "answers that --max_new_tokens ended"}
-        return [f"{what}: {values[name]} of {values['n']}" for name, what in names.items() if values[name]]
+        counts = {
+            "rows without an answer, which are left out": self.about["without_answer"],
+            "texts that are empty": values["empty"],
+            "texts that --max_new_tokens ended": values["reached_max_new_tokens"],
+        }
+        return [f"{what}: {count}" for what, count in counts.items() if count]
 
     def answers(self, model: Llama, process: Process) -> list[Answer]:
         """The answer to each prompt. Each rank has the whole model and writes its share: no rank waits for another."""

@@ -58,20 +58,36 @@ def test_each_prompt_is_answered_once_as_if_it_were_alone(ranks, size):
             assert found["exact_match"] == sum(line["match"] for line in lines) / 7 == 3 / 7
             assert sum(line["prediction"] == line["answer"].strip() for line in lines) == 3 and found["n"] == 7
             assert found["cut_prompts"] == 1 and found["reached_max_new_tokens"] == 7
-            assert notes == ["answers that --max_new_tokens ended: 7 of 7"] and json.dumps(found)
+            assert notes == ["texts that --max_new_tokens ended: 7"] and json.dumps(found)
 
 
 def test_nothing_written_is_a_wrong_answer_and_is_said(ranks):
     for found, lines, notes in ranks(2, write_on_rank, 2, GenerationSettings(max_new_tokens=0)):
         assert (found["exact_match"], found["empty"], found["n"]) == (0.0, 7, 7)
         assert [line["prediction"] for line in lines] == [""] * 7
-        assert notes[0] == "answers without text: 7 of 7"
+        assert notes[0] == "texts that are empty: 7"
 
 
 def test_a_mistake_that_one_rank_meets_ends_all(ranks):
     """R19: no rank waits for an answer that never comes."""
     first, second = ranks(2, write_on_rank, 2, longest=5000)
     assert first == second and "5000 tokens" in first
+
+
+def write_without_answers():
+    asked = [prompt._replace(reference=None) for prompt in prompts(2)]
+    with pytest.raises(UserError, match="none of 2 rows has an answer"):
+        Written(ExactMatch(), asked, TOKENIZER, SHORT, STOPS, 1)
+    metric = Written(ExactMatch(), [*asked, *prompts(1)], TOKENIZER, SHORT, STOPS, 1)
+    outcome = metric.score(plain_model(), this_process())
+    return outcome.as_json() | metric.about, outcome.notes
+
+
+def test_prompts_without_an_answer_are_left_out_and_counted(ranks):
+    """A conversation may end with a question."""
+    for found, notes in ranks(2, write_without_answers):
+        assert (found["without_answer"], found["n"], found["exact_match"]) == (2, 1, 1.0)
+        assert notes[0] == "rows without an answer, which are left out: 2"
 
 
 @pytest.mark.parametrize("flags, method", [
