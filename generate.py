@@ -77,7 +77,7 @@ class Asked:
             ended = batch.add([(0, request)]) if self.settings.max_new_tokens else [(0, Answer([], "length"))]
             while not ended:
                 ended = batch.step()
-            reason = ended[0][1].reason
+            reason = listener.reason(ended[0][1].reason)
         except KeyboardInterrupt:
             if not self.settings.chat:
                 raise
@@ -156,8 +156,9 @@ def answer_rows(asked: Asked, prompts: list[Prompt], output: AnswerFile | None) 
         with output or nullcontext(), progress:
             for i, answer in generate(asked.model, requests, settings.batch_size, together):
                 prompt = prompts[mine[i]]
-                line = {"row": prompt.row, "prompt": prompt.text, "text": asked_for[i][1].stream.finish()}
-                line |= {"tokens": len(answer.ids), "reason": answer.reason}
+                heard = asked_for[i][1]
+                line = {"row": prompt.row, "prompt": prompt.text, "text": heard.stream.finish()}
+                line |= {"tokens": len(answer.ids), "reason": heard.reason(answer.reason)}
                 answers[mine[i]] = line
                 if output:
                     output.add(mine[i], line)

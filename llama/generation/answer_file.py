@@ -75,7 +75,8 @@ class AnswerFile:
 
     def _read(self, file: Path) -> list[tuple[int, dict]]:
         lines = file.read_bytes().split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
-        found = [json.loads(line) for line in lines]
+        with as_user_error(file, "what an interrupted run has left; delete it"):
+            found = [json.loads(line) for line in lines]
         if not found:
             return []
         differing = [name for name in self.asked if found[0].get(name) != self.asked[name]]

@@ -28,6 +28,10 @@ class Listener:
         self.ids.append(id)
         return self.stream(id) or self.ids in self.whole_answers
 
+    def reason(self, reason: str) -> str:
+        """Why the answer has ended: as `Answer` has it, or "word" where it is a whole answer."""
+        return "word" if self.ids in self.whole_answers else reason
+
     def speed(self, prompt: int, reason: str) -> str:
         """A sentence on an answer that has just ended, to a prompt of so many tokens."""
         now = time.perf_counter()

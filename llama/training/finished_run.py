@@ -9,7 +9,7 @@ from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.records import check_values
 from llama.boundary.untrusted import read_json
-from llama.data.sources import PUBLIC_DATASETS, DataSettings
+from llama.data.sources import PUBLIC_DATASETS
 from llama.storage.manifest import checkpoint_at, find, read_manifest
 
 RUN, MODEL, ADAPTER = "run.json", "model", "adapter"
@@ -149,11 +149,7 @@ def _with_prompts(settings: OfScript, left: Left) -> OfScript:
     text file has none."""
     if getattr(settings, "is_text", False):
         return settings
-    defaults = {}
-    for entry in fields(settings):
-        # generate.py's --max_length, which is open by default, also counts the answer that is to be written.
-        if entry.name in HOW_PROMPTS_LOOK and entry.default == getattr(DataSettings, entry.name):
-            defaults[entry.name] = entry.default
+    defaults = {entry.name: entry.default for entry in fields(settings) if entry.name in HOW_PROMPTS_LOOK}
     data_set = str(getattr(settings, "data", "")).partition(":")[0]
     if data_set in PUBLIC_DATASETS and data_set != str(left.settings.get("data")).partition(":")[0]:
         return settings

@@ -121,7 +121,7 @@ def test_a_script_gets_only_the_settings_that_it_has(tmp_path):
     run = make_run(tmp_path / "run", "model", template="mine.txt", max_length=99)
     assert from_runs(OfScript(model=str(run))) == OfScript(model=str(run / "model"), template="mine.txt")
     run = make_run(tmp_path / "long", "model", max_length=99)
-    assert from_runs(GenerateSettings(model=str(run), prompt="Hi")).max_length is None  # it counts the answer, too
+    assert from_runs(GenerateSettings(model=str(run), prompt="Hi")).max_length == 99  # cut as in training
     merge = MergeSettings(model=str(run), adapter="a", output="out")
     assert from_runs(merge) == replace(merge, model=str(run / "model"))
 
