@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from data import load_data
 from llama.boundary.errors import UserError
 from llama.data import chat_template
-from llama.data.chat import CONTROL_TOKENS, LAYOUTS, Chat, find_chat, layout_of
+from llama.data.chat import CONTROL_TOKENS, LAYOUTS, Chat, find_chat, find_served_chat, layout_of
 from llama.data.chat_template import ChatTemplate, Inserted, prompt_ids, read_chat_template
 from llama.data.conversation import read_turns
 from llama.data.encoding import encode_rows
@@ -374,3 +374,36 @@ def test_prompts_are_the_beginnings_of_examples(tmp_path):
         for talk in TALKS:
             turns = read_turns({"messages": talk}, "here")[:-1]
             assert prompt_ids(layout, turns, tokenizer) == trained(Chat(layout), tokenizer, talk)
+
+
+# A model that is asked, and not trained
+
+
+def test_a_model_is_asked_with_the_system_turn_that_its_own_chat_template_inserts(tmp_path):
+    """C12: the ids of transformers; --system says otherwise."""
+    folder = folder_with(tmp_path / "model", SMOLLM2, CHATML)
+    tokenizer = load_tokenizer(folder)
+    talk = [USER, ANSWER]
+    chat = find_served_chat("chat", None, tokenizer, [])
+    assert trained(chat, tokenizer, talk) == served(folder, talk) and not chat.notes
+    assert find_served_chat("chat", "none", tokenizer, []).system is None
+    assert find_served_chat("chat", "Be brief.", tokenizer, []).system == "Be brief."
+    assert find_chat("chat", None, tokenizer, []).system is None  # what is trained says so by a flag
+
+
+def test_where_the_own_system_turn_cannot_be_written_a_note_says_so(tmp_path):
+    tokenizer = load_tokenizer(folder_with(tmp_path / "model", LLAMA32, HEADERS, bos=True))
+    chat = find_served_chat("chat", None, tokenizer, [])
+    assert chat.system is None and len(chat.notes) == 1
+    assert chat.notes[0].startswith("no system turn is inserted; ") and "writes today's date" in chat.notes[0]
+    plain = load_tokenizer(folder_with(tmp_path / "plain", None, CHATML))
+    assert find_served_chat("chat", None, plain, []).notes == []
+
+
+def test_rows_that_end_with_the_user_are_compared_with_the_chat_template_too(tmp_path):
+    """C12: the prompt that a row asks is compared, whether its answer is there or not."""
+    tokenizer = load_tokenizer(folder_with(tmp_path / "model", SMOLLM2, CHATML))
+    for rows in ([[USER]], [[USER, ANSWER]]):
+        path = write_rows(tmp_path / "rows.jsonl", [{"messages": talk} for talk in rows])
+        (note,) = find_chat("chat", "none", tokenizer, [path]).notes
+        assert "1 of the first 1 prompts" in note and "You are a helper" in note

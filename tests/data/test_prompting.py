@@ -10,8 +10,20 @@ from llama.boundary.errors import UserError
 from llama.data.chat import Chat
 from llama.data.encoding import encode_rows
 from llama.data.examples import BadRows
+from llama.data.formats import find_template
 from llama.data.layouts import CONTROL_TOKENS, LAYOUTS
-from llama.data.prompting import Room, asking, before_answer, prompt_ids, read_prompts, row_of, spelled
+from llama.data.prompting import (
+    Room,
+    asking,
+    before_answer,
+    one_prompt,
+    prompt_ids,
+    read_prompts,
+    room_of,
+    row_of,
+    spelled,
+)
+from llama.data.sources import Source
 from llama.data.templates import TEMPLATES, Template
 
 WIDE = Room(1 << 20, 1 << 20)
@@ -205,3 +217,47 @@ def test_one_text_fills_the_only_field_that_a_templates_prompt_needs():
     for template, found in ((own, "needs a and b"), (TEMPLATES["text"], "has no field in its prompt")):
         with pytest.raises(UserError, match=f"--template {template.name}: {found}, expected one field for --prompt"):
             row_of(template, "Hi")
+
+
+@pytest.mark.parametrize("row, name", [
+    ({"prompt": "a"}, "prompt_completion"), ({"question": "a"}, "gsm8k"), ({"sentence": "a"}, "grammar"),
+    ({"instruction": "a", "input": "b"}, "alpaca"), ({"instruction": "a", "context": "b"}, "dolly"),
+    ({"instruction": "a", "input": "b", "output": "c"}, "alpaca"), ({"author": "a"}, "quotes"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "llama2"),
+    ({"prompt": [{"role": "user", "content": "a"}]}, "llama2"),
+    ({"instruction": "a"}, "fit alpaca and dolly; "), ({"text": "a"}, "are those of no known template; "),
+    ({"text": "a", "label": 1}, "are those of no known template; "), ({"label": 1}, "are those of no known template; "),
+])  # fmt: skip
+def test_rows_without_answers_get_the_template_that_their_prompts_belong_to(tmp_path, bundled, row, name):
+    """A4: and where it is not clear which one, the user is asked."""
+    source = Source("", {"rows": (write_rows(tmp_path / "rows.jsonl", [row]),)})
+    if name.endswith("; "):
+        with pytest.raises(UserError, match=name) as error:
+            find_template(None, source, bundled, asks=True)
+        assert len(error.value.lines) == 1
+        return
+    template = find_template(None, source, bundled, asks=True)
+    assert template.name == name
+    assert len(read_prompts(source.files["rows"], template, bundled, WIDE).prompts) == 1
+
+
+def test_the_room_for_prompts_is_what_the_answer_leaves(bundled):
+    """Of --max_length where it leaves some, so that prompts are cut as in training; else of the model's positions."""
+    assert room_of(1000, None, 256, "left") == Room(744, 744, "left")
+    assert room_of(1000, 512, 3, "right") == Room(509, 997, "right")
+    assert room_of(1000, 128, 256, "right") == Room(744, 744, "right")
+    with pytest.raises(UserError, match="--max_new_tokens 1000: the model has 1000 positions, expected fewer tokens"):
+        room_of(1000, None, 1000, "right")
+
+
+@pytest.mark.slow
+def test_a_question_to_a_real_model_has_the_ids_of_transformers(smollm2):
+    """C12, C13, C14: SmolLM2's own chat template, with the system turn that it inserts."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = loaded(smollm2)
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
+    chat = find_template("chat", Source("", {}), tokenizer, asks=True)
+    for text in ["Tell me about Alpacas.", "naïve 映画 🎬\n", "[[x]] {y}"]:
+        asked = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert one_prompt(chat, text, tokenizer, WIDE).ids == ids
