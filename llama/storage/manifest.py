@@ -197,15 +197,16 @@ def verify(path: Path, manifest: Manifest, stem: str = "") -> None:
 
     Raises UserError, on every rank, naming a file that is missing, cut, changed or not in the manifest.
     """
+    wanted = sorted(name for name in manifest.files if name.startswith(stem))
     try:
         with fail_together(path):
             if is_rank_zero():  # on a shared disk other ranks may see the files later
-                for name in manifest.files:
+                for name in wanted:
                     inside(path, name, "")
             more = {p.name for p in path.iterdir() if ".safetensors" in p.name} - manifest.files.keys()
             if more:
                 raise UserError(f"{path / min(more)}: not in the manifest")
-        found = digests(path, sorted(name for name in manifest.files if name.startswith(stem)))
+        found = digests(path, wanted)
     except UserError as error:
         raise UserError(f"{error}; {_way_back(path)}") from None
     for name, file_found in found.items():
