@@ -79,6 +79,7 @@ def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
     """The perplexity of a text file, and what it is of, for the result."""
     stride = settings.stride or settings.max_length // 2
     path = Path(settings.data)
+    announce([f"{path}: read as one text, in windows of {settings.max_length} tokens that go on by {stride}"])
     metric = TextPerplexity(path, base.tokenizer, settings.max_length, stride, settings.batch_size, settings.limit)
     return metric, describe(settings, "perplexity")
 

@@ -401,6 +401,8 @@ MISTAKES = {
     "words of free text": (["--data", "{free}", "--template", "gsm8k", "--metric", "multiple_choice"],
                            "free.jsonl:1: choices is None, expected a list of two or more texts"),
     "a text with a template": (["--data", "{text}", "--template", "imdb"], "--template imdb: expected rows with it"),
+    "accuracy of a text": (["--data", "{text}", "--metric", "rouge"], "--metric rouge: expected perplexity for a text"),
+    "neither text nor rows": (["--data", "{other}"], "rows.xlsx: expected a name ending in .parquet, .jsonl"),
     "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
     "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),
     "result cannot be written": (["--output", "{parts}"], "--output {parts}: Is a directory"),
@@ -412,6 +414,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tm
     """R15, R18, R19: found before any scoring, except that a result cannot be written."""
     places = {name: tmp_path / name for name in ("parts", "small", "cut")}
     places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")} | {"text": tmp_path / "text.txt"}
+    places |= {"other": tmp_path / "rows.xlsx"}
+    places["other"].write_text("x")
     places["text"].write_text("A film.\n" * 9)
     places["parts"].mkdir()
     first = reviews.read_text().splitlines()[0] + "\n"

@@ -75,18 +75,22 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
 
     @property
     def is_text(self) -> bool:
-        """Whether the data is a text file, not rows of examples."""
+        """Whether the data is a text file, not rows of examples: FILE.txt, or any other if perplexity is asked for."""
         path = Path(self.data)
-        return self.metric in (None, "perplexity") and path.is_file() and not path.name.endswith(tuple(READERS))
+        if path.name.endswith(tuple(READERS)) or not path.is_file():
+            return False
+        return self.metric == "perplexity" or (self.metric is None and path.suffix == ".txt")
 
     def checks(self):
         asked = self.predictions
         generates = self.metric in GENERATING
+        names_text = self.data.endswith(".txt")
         return [
             *super().checks(),
             ("output", "the name of a file", self.output != ""),
             ("predictions", "the name of a file", self.predictions != ""),
             ("predictions", "another file than --output", not asked or asked != self.output),
+            ("metric", "perplexity for a text file", self.is_text or self.metric is None or not names_text),
             ("stride", "a text file with --metric perplexity", self.stride is None or self.is_text),
             ("split", "rows with it, and no text file", self.split == "test" or not self.is_text),
             ("stride", "less than --max_length", self.stride is None or self.stride < self.max_length),
