@@ -28,6 +28,7 @@ from llama.data.conversation import Turn
 from llama.data.dialogue import Dialogue
 from llama.data.prompting import Room
 from llama.data.tokenizer_files import load_tokenizer
+from llama.evaluation import answering
 from llama.evaluation.settings import GenerateSettings
 from llama.generation import batch, decode
 from llama.generation.text import TextStream
@@ -97,7 +98,7 @@ def greedy(model: Llama, ids: list[int], count: int) -> list[int]:
 
 
 def test_stdout_is_the_text_alone(exported, command):
-    """C56: only what is new. The notes and the speed are on stderr."""
+    """Only what is new. The notes and the speed are on stderr."""
     prompt = "The film was slow and"
     new = greedy(plain_model(), TOKENIZER.encode(prompt), 12)
     text = TOKENIZER.decode(new, starts_text=False)
@@ -115,7 +116,7 @@ def test_stdout_is_the_text_alone(exported, command):
 
 
 def test_a_file_gets_an_answer_for_each_row_in_order_whatever_the_batch(exported, questions, tmp_path, command):
-    """C24, C56: each as if it were asked alone; without --output the same lines go to stdout."""
+    """C24: each as if it were asked alone; without --output the same lines go to stdout."""
     lines = []
     for i, size in enumerate((1, 4)):
         output = tmp_path / f"new folder/answers-{i}.jsonl"
@@ -152,7 +153,7 @@ def test_an_interrupted_command_goes_on_where_it_was(exported, questions, tmp_pa
     asked = ("--model", exported, "--prompts", questions, *FLAGS)
     assert command(*asked, "--output", whole)[0] == 0
     for _ in range(2):
-        with replaced(generate, generate=Interrupted(4)):
+        with replaced(answering, generate=Interrupted(4)):
             status, out, err = command(*asked, "--output", output)
         kept = f"{output}.unfinished-0: keeps the answers so far; the same command goes on with the others"
         assert (status, out) == (130, "") and err.splitlines()[-2:] == [kept, "interrupted"] and not output.exists()
@@ -164,7 +165,7 @@ def test_an_interrupted_command_goes_on_where_it_was(exported, questions, tmp_pa
         seen.append(len(requests))
         return Interrupted(100)(model, requests, *others)
 
-    with replaced(generate, generate=watched):
+    with replaced(answering, generate=watched):
         status, _, err = command(*asked, "--output", output)
     assert status == 0 and seen == [1] and output.read_text() == whole.read_text()
     assert {file.name for file in tmp_path.iterdir()} == {"whole.jsonl", "answers.jsonl"}

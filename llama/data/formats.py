@@ -112,8 +112,8 @@ def _guess(path: Path, asks: bool) -> str:
         needed = template.fields
         if asks:
             asked = UnlabelledTemplate(template).asked
-            needed = template.fields & asked
-            is_whole_row = bool(asked & seen.keys())
+            needed = template.fields & asked.keys()
+            is_whole_row = bool(asked.keys() & seen.keys())
         if name == "imdb" or not needed <= seen.keys() or not is_whole_row:
             continue
         if unused & PROMPT_FIELDS:

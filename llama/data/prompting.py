@@ -202,14 +202,15 @@ def row_of(template: Renderer, text: str) -> dict:
     if isinstance(template, Chat):
         return {"messages": [{"role": "user", "content": text}]}
     asked = UnlabelledTemplate(template).asked
-    needed = sorted(template.fields & asked) or sorted(asked)
+    needed = sorted(template.fields & asked.keys())
+    if not needed:
+        needed = sorted(asked)
     if len(needed) != 1:
         found = f"needs {' and '.join(needed)}" if needed else "has no field in its prompt"
         raise UserError(f"--template {template.name}: {found}, expected one field for --prompt; give rows to --prompts")
-    for field in template.all_fields():
-        if field.name == needed[0] and field.element is not None:
-            return {field.name: [text] * (field.element + 1)}
-    return {needed[0]: text}
+    (field,) = needed
+    element = asked[field].element
+    return {field: text if element is None else [text] * (element + 1)}
 
 
 def one_prompt(template: Renderer | None, text: str, tokenizer: Tokenizer, room: Room) -> Prompt:

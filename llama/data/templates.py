@@ -109,16 +109,12 @@ class Template:
         if len(answers) > 1:
             raise UserError(f"--template {name}: its alternatives have different answers, expected the same words")
         self.answers = answers.pop()
-        types = {field.name: field.type for field in self.all_fields()}
+        types = {field.name: field.type for spans in self.alternatives for field in _fields(spans)}
         self.fields = {field.name for field in _fields(self.alternatives[-1])}
         self.columns = set(types)
         for optional in self.columns - self.fields:
             types[optional] += " or nothing"
         self.expected = "{" + ", ".join(f"{field}: {kind}" for field, kind in types.items()) + "}"
-
-    def all_fields(self) -> list[Field]:
-        """The fields of all alternatives."""
-        return [field for spans in self.alternatives for field in _fields(spans)]
 
     def render(self, row: dict, where: str) -> tuple[list[Segment], int]:
         """The segments of one row, and the index of its answer in `answers`, or -1 for free text.

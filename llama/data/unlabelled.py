@@ -1,6 +1,6 @@
 """Rows that have no answer yet, because the model is to give it."""
 
-from llama.data.templates import Field, Segment, Template
+from llama.data.templates import Field, Segment, Span, Template
 
 
 class UnlabelledTemplate(Template):
@@ -13,11 +13,18 @@ class UnlabelledTemplate(Template):
     def __init__(self, template: Template):
         super().__init__(template.name, template.source)
         self.source += "\n(the answer may be absent)"  # what is encoded depends on it
-        answers = [_fields_of(spans[-1].pieces) for spans in self.alternatives]
-        asked = [_fields_of(span.pieces) for spans in self.alternatives for span in spans[:-1]]
-        self.asked = {field.name for fields in asked for field in fields}
-        self.answer_fields = [field for fields in answers for field in fields if field.name not in self.asked]
-        self.placeholders = {field.name: _placeholder(field) for field in self.answer_fields}
+        self.asked: dict[str, Field] = {}  # the fields of prompts
+        self.answer_fields: list[Field] = []
+        for spans in self.alternatives:
+            for span in spans[:-1]:
+                for field in _fields_of(span):
+                    self.asked[field.name] = field
+            self.answer_fields += _fields_of(spans[-1])
+        self.answer_fields = [field for field in self.answer_fields if field.name not in self.asked]
+        self.placeholders: dict[str, str | list[str]] = {}
+        for field in self.answer_fields:
+            word = field.words[0] if field.words else "x"
+            self.placeholders[field.name] = word if field.element is None else [word] * (field.element + 1)
 
     def is_answered(self, row: dict, where: str) -> bool:
         """Whether the row has some field of an answer. Raises UserError, beginning with `where`, for a wrong one."""
@@ -30,11 +37,5 @@ class UnlabelledTemplate(Template):
         return segments, -1
 
 
-def _fields_of(pieces: list[str | Field]) -> list[Field]:
-    return [piece for piece in pieces if isinstance(piece, Field)]
-
-
-def _placeholder(field: Field) -> str | list[str]:
-    if field.words:
-        return field.words[0]
-    return "x" if field.element is None else ["x"] * (field.element + 1)
+def _fields_of(span: Span) -> list[Field]:
+    return [piece for piece in span.pieces if isinstance(piece, Field)]

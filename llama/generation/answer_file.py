@@ -35,7 +35,9 @@ class AnswerFile:
             raise UserError(f"--output {path}: exists already, expected the name of a new file")
         with as_user_error(f"--output {path}", "a file that can be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.kept = {number: answer for file in self._unfinished() for number, answer in self._read(file)}
+            self.kept: dict[int, dict] = {}
+            for file in self._unfinished():
+                self.kept |= self._read(file)
             self.own.touch()  # fails now, and not behind the first answer
             if not self.own.stat().st_size:
                 self.own.unlink()
@@ -73,18 +75,19 @@ class AnswerFile:
     def _unfinished(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{_literal(self.path.name)}{SUFFIX}*"))
 
-    def _read(self, file: Path) -> list[tuple[int, dict]]:
+    def _read(self, file: Path) -> dict[int, dict]:
+        """What a rank has answered: {number of a prompt: its answer}."""
         lines = file.read_bytes().split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
         with as_user_error(file, "what an interrupted run has left; delete it"):
             found = [json.loads(line) for line in lines]
         if not found:
-            return []
+            return {}
         differing = [name for name in self.asked if found[0].get(name) != self.asked[name]]
         if differing:
             names = ", ".join(differing[:3])
             way_out = "repeat that command, delete this file, or name another one"
             raise UserError(f"{file}: keeps answers of a command that differs from this one in {names}; {way_out}")
-        return [(number, answer) for number, answer in found[1:]]
+        return dict(found[1:])
 
 
 def _literal(name: str) -> str:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
 ASKED = {
     "fsdp_train.py": (["--learning_rat", "3"], "--learning_rate"), "evaluate.py": (["--modle", "x"], "--model"),
+    "generate.py": (["--promt", "x"], "--prompt"),
     "lora.py": (["--outptu", "x"], "--output"), "checkpoints.py": (["exprt", "x"], "export"),
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ def tokenizer(request) -> Tokenizer:
 
 
 def test_the_pieces_are_the_text_of_all_ids_up_to_the_first_stop_string(tokenizer):
-    """C13, C56: for random texts, tokenizations and stop strings, also over the borders of tokens."""
+    """C13: for random texts, tokenizations and stop strings, also over the borders of tokens."""
     draw = random.Random(0)
     stopped = 0
     for _ in range(400):
