@@ -9,6 +9,7 @@ import torch.distributed as dist
 from adapters import ODD as CONFIG
 from sharded import build, this_process
 from small_llama import BASE, config_of, llama3, randomize
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -365,3 +366,20 @@ def test_stories260k_writes_the_story_that_transformers_wrote(assets):
     ids = reference["greedy_from_bos_ids"]
     ((_, answer),) = generate(model, requests_of([ids[:1]], 200, frozenset()), 1)
     assert answer.ids == ids[1:201]
+
+
+@pytest.mark.slow
+def test_smollm2_writes_what_transformers_writes(smollm2):
+    """Three prompts side by side in fp32; the one that ends first leaves the others alone."""
+    model = Llama(config_from_json(read_json(smollm2, "config.json"), smollm2)).requires_grad_(False)
+    load_weights(model, smollm2)
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    texts = ["The capital of France is", "def factorial(n):", "Once upon a time there was a fox who"]
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    answers = dict(generate(model, requests_of(prompts, 24, frozenset([2])), 3))
+    theirs = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        how = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 2, "max_new_tokens": 24}
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
+        assert answers[number].ids == [id for id in expected if id != 2]
