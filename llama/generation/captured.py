@@ -109,6 +109,5 @@ class WholeCache:
         values = self.values[layer]
         keys.index_put_(self.place, k)
         values.index_put_(self.place, v)
-        grouped = q.unflatten(1, (keys.shape[1], -1))  # (rows, K, G, H): the query heads of a key head are its queries
-        mask = self.mask.expand(-1, -1, grouped.shape[2], -1)
-        return scaled_dot_product_attention(grouped, keys, values, mask).flatten(1, 2)
+        y = scaled_dot_product_attention(q[:, :, None], keys, values, self.mask, enable_gqa=True)
+        return y[:, :, 0]
