@@ -40,10 +40,10 @@ def test_the_draws_have_the_probabilities_of_the_scores():
 
 def test_places_prompts_and_seeds_are_independent():
     """Pairs of neighbours fall evenly on a board of 10 x 10 fields."""
-    by_place = np.concatenate([RandomNumbers(0, [7]).uniform(place) for place in range(10_000)])
-    by_prompt = np.concatenate([RandomNumbers(0, [prompt]).uniform(0) for prompt in range(10_000)])
-    by_seed = np.concatenate([RandomNumbers(seed, [0]).uniform(0) for seed in range(10_000)])
-    within = RandomNumbers(0, [7]).uniform(3, 10_000)
+    by_place = np.concatenate([RandomNumbers(0, [7]).uniform(place) for place in range(4_000)])
+    by_prompt = np.concatenate([RandomNumbers(0, [prompt]).uniform(0) for prompt in range(4_000)])
+    by_seed = np.concatenate([RandomNumbers(seed, [0]).uniform(0) for seed in range(4_000)])
+    within = RandomNumbers(0, [7]).uniform(3, 4_000)
     pairs = [(u[:-1], u[1:]) for u in (by_place, by_prompt, by_seed, within)]
     for first, second in [*pairs, (by_place, by_prompt), (by_prompt, by_seed)]:
         counts = np.bincount((first * 10).astype(int) * 10 + (second * 10).astype(int), minlength=100)

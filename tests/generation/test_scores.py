@@ -52,7 +52,7 @@ def kept(settings, stops: int) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_every_mixture_of_settings_equals_transformers(dtype):
     """bfloat16 scores tie: there the order in which top-p drops equal tokens is whatever torch.sort does."""
-    for seed in range(60):
+    for seed in range(40):
         scores, texts, settings = random_case(seed, random.Random(seed).choice([5, 50, 1000]), dtype)
         before = scores.clone()
         stops = seed % 3
