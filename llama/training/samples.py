@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from llama.boundary.errors import UserError, printable
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
@@ -67,8 +69,9 @@ class Samples:
         problem = None
         was_training = model.training
         try:
-            for i, answer in generate(model, requests, SIDE_BY_SIDE, any_rank):
-                texts[mine[i]] = self._text(answer.ids) + ("" if answer.reason == "stop" else self.cut)
+            with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for other shapes
+                for i, answer in generate(model, requests, SIDE_BY_SIDE, any_rank):
+                    texts[mine[i]] = self._text(answer.ids) + ("" if answer.reason == "stop" else self.cut)
         except UserError as error:
             problem = f"--sample_prompts: {error}"
         model.train(was_training)
