@@ -55,7 +55,8 @@ class PromptSettings(Settings):
     system: str | None = setting(
         None,
         "the system turn of conversations that have none: a text, default (what the model's chat template inserts) or "
-        "none; without this flag none, and a note if the model's chat template inserts one",
+        "none; without this flag none, and a note if the model's chat template inserts one; generate.py then inserts "
+        "it, except for what a run has left: that is asked as it was trained",
     )
     control_tokens: str | None = setting(
         None,

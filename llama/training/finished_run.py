@@ -9,6 +9,7 @@ from llama.boundary.errors import UserError, as_user_error
 from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.records import check_values
 from llama.boundary.untrusted import read_json
+from llama.data.chat import LAYOUTS
 from llama.data.sources import PUBLIC_DATASETS
 from llama.storage.manifest import checkpoint_at, find, read_manifest
 
@@ -158,6 +159,9 @@ def _with_prompts(settings: OfScript, left: Left) -> OfScript:
         of_run = left.settings.get(name, default)  # an older run has fewer
         if getattr(settings, name) == default and of_run != default:
             taken[name] = of_run
+    templates = {left.settings.get("template"), taken.get("template", getattr(settings, "template", None))}
+    if getattr(settings, "system", "") is None and templates <= {"chat", *LAYOUTS}:
+        taken.setdefault("system", "none")  # also where the chat template of an adapter's base inserts one
     check_values(type(settings), taken, left.where)
     if taken:
         run = left.where.parent if left.where.name == RUN else left.where

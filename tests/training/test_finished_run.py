@@ -151,3 +151,12 @@ def test_a_run_that_has_not_left_what_is_asked_for_is_one_line_with_the_way_out(
     ):
         with pytest.raises(UserError, match=expected):
             from_runs(chosen)
+
+
+def test_a_conversation_with_what_a_run_left_has_no_system_turn_that_training_did_not_have(tmp_path):
+    """C12: the chat template of an adapter's base may insert one."""
+    for template, system, expected in (("chatml", None, "none"), ("chatml", "Be brief.", "Be brief."),
+                                       ("alpaca", None, None)):  # fmt: skip
+        run = make_run(tmp_path / f"{template} {system}", "model", template=template, system=system)
+        assert from_runs(GenerateSettings(model=str(run), prompt="Hi")).system == expected
+        assert from_runs(GenerateSettings(model=str(run), prompt="Hi", system="Mine.")).system == "Mine."
