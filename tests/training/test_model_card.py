@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
 import lora
+from llama.boundary.command_line import parse
 from llama.data.sources import PUBLIC_DATASETS
+from llama.evaluation.settings import EvaluationSettings, GenerateSettings
 from llama.training.model_card import _hub_name
 from llama.training.settings import TrainingSettings
 
@@ -56,6 +59,15 @@ def execute(folder: Path, monkeypatch) -> dict:
     return defined | {"printed": printed.getvalue()}
 
 
+def commands(folder: Path) -> list[str]:
+    """Those of the card, each with flags that its script has."""
+    lines = re.search(r"```bash\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1].splitlines()
+    launcher, script, *flags = shlex.split(lines[-1])
+    assert launcher == "python"
+    parse({"generate.py": GenerateSettings, "evaluate.py": EvaluationSettings}[script], flags)
+    return lines
+
+
 def test_after_messages_transformers_builds_the_prompt_and_stops_where_the_turn_ends(run, monkeypatch):
     """C12: the base ends in another token. The card's own code, with the question that was trained."""
     folder = run(CHATS, epochs=100.0, max_steps=30, lr_schedule="constant") / "model"
@@ -66,6 +78,7 @@ def test_after_messages_transformers_builds_the_prompt_and_stops_where_the_turn_
     answer = found["output"][0, found["inputs"]["input_ids"].shape[1] :].tolist()
     assert answer[-1] == found["tokenizer"].eos_token_id == 2 and answer.count(2) == 1
     assert "<|im_start|>user\nHello<|im_end|>" in card.read_text()
+    assert commands(folder) == ["python generate.py --model FOLDER --chat"]
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param({"lora_rank": 2}, marks=pytest.mark.slow)])
@@ -74,6 +87,9 @@ def test_the_code_of_a_card_for_answer_words_gives_one_of_them(run, tmp_path, mo
     (tmp_path / "words.txt").write_text("{text...}: [[{label=bad,good}]]")
     folder = run(REVIEWS, template=str(tmp_path / "words.txt"), **changes) / ("adapter" if changes else "model")
     assert execute(folder, monkeypatch)["printed"] in ("bad\n", "good\n")
+    row, asking = commands(folder)[1:]
+    assert row == """echo '{"text": "..."}' > rows.jsonl""" and asking.endswith("--predictions answers.jsonl")
+    assert "--template template.txt" in asking and ("--adapter FOLDER" in asking) == bool(changes)
 
 
 def test_an_adapters_card_and_files_are_what_its_merge_needs(run, base, tmp_path, monkeypatch):
@@ -95,6 +111,11 @@ def test_an_adapters_card_and_files_are_what_its_merge_needs(run, base, tmp_path
     of_merge = ModelCard.load(merged / "README.md")
     assert of_merge.data.library_name == "transformers" and "`--lora_rank` | `2`" in of_merge.text
     assert card.text.partition("\n## Prompts\n")[2] == of_merge.text.partition("\n## Prompts\n")[2] != ""
+    flags |= {"--adapter": output / "checkpoints/step-000002", "--output": tmp_path / "again"}
+    monkeypatch.setattr("sys.argv", ["lora.py", *(str(word) for pair in flags.items() for word in pair)])
+    lora.main()
+    for path in merged.iterdir():  # a checkpoint says the same as the folder that the run has left
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path
 
 
 def test_a_checkpoints_export_has_the_same_files_as_the_runs(run, tmp_path, monkeypatch, capsys):
@@ -126,6 +147,11 @@ def test_a_card_says_data_settings_and_result_and_no_path_of_this_machine(run, t
     assert "| `--learning_rate` | `0.003` |" in text and "| `--test_fraction` | `0.25` |" in text
     assert "secret place" not in text and str(output) not in text and "--seed" not in text
     assert "base_model" not in text and "datasets" not in text
+    assert commands(output / "model") == [
+        "# template.txt holds the text under Prompts",
+        """echo '{"question": "..."}' > rows.jsonl""",
+        "python generate.py --model FOLDER --template template.txt --prompts rows.jsonl",
+    ]
 
 
 def test_a_card_names_the_data_set_of_the_hub_only_where_it_was_trained_on():
