@@ -25,6 +25,7 @@ OTHER_FORMATS = {
     "*.gguf": "a file of llama.cpp, take the Hugging Face folder that it was made from",
 }
 OF_RUNS = {
+    "step-*": "a checkpoint of a run, which evaluate.py and generate.py take as --model or --adapter",
     "run.json": "the record of a run, give its model/ as --model, or its adapter/ as --adapter beside its base",
     "manifest.json": "a checkpoint's, write a model or adapter from it: python checkpoints.py export RUN OUT "
     "--step step-N",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from llama.boundary.errors import UserError, as_user_error
+from llama.boundary.hub import find_model
 from llama.boundary.launch import is_local_rank_zero
 from llama.boundary.records import check_values
 from llama.boundary.untrusted import read_json
@@ -75,6 +76,11 @@ def from_runs(settings: OfScript) -> OfScript:
             raise UserError(f"--model {settings.model}: {problem}")
         base = model.setting("model")
         _say(f"--model {settings.model}: using its base, {base}")
+        try:
+            find_model(base)
+        except UserError as error:
+            way_out = f"if the base has moved, --model FOLDER --adapter {settings.model}"
+            raise UserError(f"{error}; {way_out}") from None
         settings, adapter = replace(settings, model=base), model
     elif model:
         settings = _with_path(settings, "model", model)

@@ -32,6 +32,14 @@ def settings(model: object, adapter: object, quantize: str = "none") -> OfScript
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "variant": "dora", "targets": ["q_proj", "up_proj"]}
 
 
+@pytest.fixture(autouse=True)
+def bases(tmp_path, monkeypatch):
+    """What runs began with, where they found it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other_base"):
+        (tmp_path / name).mkdir()
+
+
 def save_checkpoint(run: Path, step: int, **changed) -> Path:
     """Of a small model; from_runs reads its manifest only."""
     identity = {"model": "base", "seed": 0, "quantize": "none", "train_layers": "all", "base": None, "lora": None,
@@ -100,16 +108,17 @@ def test_a_checkpoint_and_what_lies_in_a_runs_folder_are_taken_as_the_run_is(tmp
     found = from_runs(chosen)
     assert (found.model, found.template, found.max_length) == (chosen.model, "mine.txt", 99)
     assert capsys.readouterr().err == f"prompts as in {run}: --template mine.txt, --max_length 99\n"
-    saved = save_checkpoint(run, 3, model="moved", lora=LORA, quantize="int8")
+    saved = save_checkpoint(run, 3, model="other_base", lora=LORA, quantize="int8")
     found = from_runs(EvaluationSettings(model=str(saved), data="other.jsonl"))
-    assert (found.model, found.adapter, found.quantize) == ("moved", str(saved), "int8")
+    assert (found.model, found.adapter, found.quantize) == ("other_base", str(saved), "int8")
     assert (found.template, found.max_length) == ("mine.txt", 99)
-    assert f"--model {saved}: using its base, moved\n" in capsys.readouterr().err
+    assert f"--model {saved}: using its base, other_base\n" in capsys.readouterr().err
     (run / "run.json").unlink()
     found = from_runs(EvaluationSettings(model=str(saved), data="other.jsonl"))
-    assert (found.model, found.adapter, found.template, found.max_length) == ("moved", str(saved), "mine.txt", 512)
+    assert (found.model, found.adapter, found.template, found.max_length) == ("other_base", str(saved), "mine.txt", 512)
     monkeypatch.chdir(saved)
     assert from_runs(settings("base", ".")).adapter == str(saved)
+    monkeypatch.chdir(tmp_path)
 
     tuned = make_run(tmp_path / "tuned", "adapter", quantize="nf4")
     assert from_runs(settings(tuned / "adapter", None)) == settings("base", tuned / "adapter", "nf4")
@@ -140,6 +149,7 @@ def test_a_run_that_has_not_left_what_is_asked_for_is_one_line_with_the_way_out(
     tuned = make_run(tmp_path / "tuned", "adapter", model=7)
     lost = save_checkpoint(make_run(tmp_path / "lost", None), 1)
     (lost / "manifest.json").unlink()
+    moved = make_run(tmp_path / "moved", "adapter", model="/nowhere/base")
     for chosen, expected in (
         (settings(unfinished, "a"), "--model .*unfinished: has neither model/ nor adapter/, nor a checkpoint"),
         (settings("base", unfinished), "--adapter .*unfinished: has neither model/ nor adapter/, nor a checkpoint"),
@@ -147,6 +157,7 @@ def test_a_run_that_has_not_left_what_is_asked_for_is_one_line_with_the_way_out(
         (settings("base", model / "model"), "--adapter .*/model/model: holds a model, expected an adapter"),
         (settings(tuned, "a"), "has an adapter of its own, expected a base for a"),
         (settings(tuned, None), "run.json: model is 7, expected what a run writes"),
+        (settings(moved, None), "/nowhere/base: no such .*if the base has moved, --model FOLDER --adapter .*/moved"),
         (settings(lost, None), "step-000001/manifest.json: damaged .*is missing.*there is no older checkpoint"),
     ):
         with pytest.raises(UserError, match=expected):
