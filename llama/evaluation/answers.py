@@ -1,12 +1,11 @@
 """Metrics of one forward per example: accuracy of the answer word, loss of the answers, perplexity of whole texts."""
 
-import math
 from collections.abc import Iterator
 
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.tokenizer import Tokenizer
-from llama.evaluation.intervals import Interval, bootstrap, wilson
+from llama.evaluation.intervals import Interval, bootstrap, exponential, wilson
 from llama.evaluation.outcome import Outcome
 from llama.evaluation.score import Scored, answer_ids, evaluate, sample_indices
 from llama.model import Llama
@@ -57,7 +56,7 @@ class Answers:
                 scored = f"loss and accuracy are of the other {values['n']}" if values["n"] else "nothing is scored"
                 notes = [f"rows without a label: {unlabelled}; they are predicted, and {scored}"]
         if self.metric == "perplexity":
-            values["perplexity"] = math.exp(values["loss"])
+            values["perplexity"] = exponential(values["loss"])
         return Outcome(values, self.intervals(list(in_order.values())), self.lines(in_order), notes)
 
     def intervals(self, scored: list[Scored]) -> dict[str, Interval | None]:

@@ -4,6 +4,7 @@ An interval knows nothing of examples of another kind, nor of what a model has s
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,12 @@ class Interval:
 
     def exp(self) -> "Interval":
         """The interval of e to the power of the number."""
-        return replace(self, low=math.exp(self.low), high=math.exp(self.high))
+        return replace(self, low=exponential(self.low), high=exponential(self.high))
+
+
+def exponential(x: float) -> float:
+    """e to the power of x; infinity where no float is as large."""
+    return math.exp(x) if x < math.log(sys.float_info.max) else math.inf
 
 
 def wilson(successes: int, n: int) -> Interval | None:

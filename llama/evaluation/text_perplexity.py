@@ -27,7 +27,7 @@ from llama.boundary.progress import Progress
 from llama.data.batches import pack
 from llama.data.plain_text import token_pieces
 from llama.data.tokenizer import Tokenizer
-from llama.evaluation.intervals import bootstrap
+from llama.evaluation.intervals import bootstrap, exponential
 from llama.evaluation.losses import few_enough, in_memory, losses_of_examples
 from llama.evaluation.outcome import Outcome
 from llama.model import Llama
@@ -64,7 +64,7 @@ def windows(ids: Iterable[int], size: int, stride: int) -> Iterator[Window]:
 class TextPerplexity:
     """loss              nats of all scored tokens / scored tokens
     perplexity        exp(loss), of one token
-    word_perplexity   exp(nats / words), where spaces separate words
+    word_perplexity   exp(nats / words), where spaces separate words; None for a text without
     bits_per_byte     nats / ln 2 / bytes of the text in UTF-8: the same measure for every tokenizer
 
     The file is read and tokenized piece by piece on every rank. What stays in memory is 16 bytes for each window.
@@ -125,12 +125,13 @@ class TextPerplexity:
         if not math.isfinite(nats):
             raise UserError(f"the loss over {tokens} tokens is {nats}: the model's weights are unusable")
         loss = nats / tokens
-        values: dict = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "n": len(losses)}
+        values: dict = {"loss": loss, "perplexity": exponential(loss), "tokens": tokens, "n": len(losses)}
         if self.limit is None:  # else nobody knows which bytes the scored tokens are
             values["bytes"] = self.bytes
             values["bits_per_byte"] = nats / math.log(2) / self.bytes
             values["words"] = self.words
-            values["word_perplexity"] = math.exp(nats / self.words) if self.words else None
+            per_word = exponential(nats / max(1, self.words))
+            values["word_perplexity"] = per_word if per_word < math.inf else None  # no spaces between its words
         interval = bootstrap(losses, scored, "windows")
         intervals = {"perplexity": interval.exp() if interval else None, "loss": interval}
         lines = ({"window": i, "loss": loss, "tokens": scored[i]} for i, loss in enumerate(losses))

@@ -63,4 +63,5 @@ def test_too_few_examples_have_no_interval():
     assert wilson(0, 0) is None and bootstrap([]) is None and bootstrap([1.0]) is None
     assert bootstrap([0.0, 0.0], [0, 0]) is None
     assert bootstrap([2.0, 2.0, 2.0]) is None and bootstrap([2.0, 4.0], [1, 2]) is None
+    assert Interval(0.0, 1e9, "m").exp().high == np.inf
     assert Interval(0.0, 1.0, "m").exp() == Interval(1.0, pytest.approx(np.e), "m")

@@ -230,6 +230,14 @@ def test_what_is_no_text_is_one_line(tmp_path):
     assert "PK" not in error(b"PK\x03\x04rest") and "zip archive" in error(b"PK\x03\x04rest")
 
 
+def test_a_text_without_spaces_has_no_perplexity_of_a_word(ranks, tmp_path):
+    """e to the power of thousands is no float."""
+    path = tmp_path / "x.txt"
+    path.write_text("\u6f22\u5b57" * 100)
+    ((found, _),) = ranks(1, score_on_rank, path, 4)
+    assert (found["words"], found["word_perplexity"]) == (1, None) and np.isfinite(found["perplexity"])
+
+
 def test_a_text_of_one_token_behind_bos_is_scored(ranks, tmp_path):
     """With BOS, the first token of the text is scored; without another window there is no interval."""
     path = tmp_path / "x.txt"
