@@ -35,7 +35,11 @@ class ExactMatch:
 
     def summarise(self, found: Sequence[Mapping]) -> tuple[dict, dict[str, Interval | None]]:
         right = sum(example["match"] for example in found)
-        return {"exact_match": right / len(found)}, {"exact_match": wilson(right, len(found))}
+        values = {
+            "exact_match": right / len(found),
+            "without_number": sum(example["found"] is None for example in found),
+        }
+        return values, {"exact_match": wilson(right, len(found))}
 
 
 def value_of(number: str) -> Decimal:

@@ -87,6 +87,8 @@ class Written:
             "rows without an answer, which are left out": self.about["without_answer"],
             "texts that are empty": values["empty"],
             "texts that --max_new_tokens ended": values["reached_max_new_tokens"],
+            "texts without a number behind ####": values.get("without_number"),
+            "answers in which ROUGE sees no word, and gives 0": values.get("references_without_words"),
         }
         return [f"{what}: {count}" for what, count in counts.items() if count]
 

@@ -56,8 +56,9 @@ def test_what_was_compared_is_shown():
 
 
 def test_the_share_of_matches_has_wilsons_interval():
-    values, intervals = ExactMatch().summarise([{"match": True}, {"match": False}, {"match": False}, {"match": False}])
-    assert values == {"exact_match": 0.25} and intervals["exact_match"].method == "Wilson score"
+    pairs = [("#### 2", "#### 2"), ("#### 2", "two"), ("#### 2", "#### 3"), ("a", "b")]
+    values, intervals = ExactMatch().summarise([ExactMatch().compare(*pair) for pair in pairs])
+    assert values == {"exact_match": 0.25, "without_number": 1} and intervals["exact_match"].method == "Wilson score"
 
 
 def test_every_answer_of_gsm8k_is_a_number_that_its_own_grader_finds(assets):
