@@ -35,7 +35,7 @@ class BehindPrefix(PackedDocuments):
         self.cache = cache
         self.prefix = cache.lengths[0]
         self.positions = self.positions + self.prefix
-        self._padded: list = []
+        self._parts: list = []
 
     @torch.compiler.disable  # as that of packed documents
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,36 +49,51 @@ class BehindPrefix(PackedDocuments):
 
     def attend_parts(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
         """The blocks of packed documents as matrix products, with the prefix before the keys of each block."""
+        K = k.shape[1]
         out = torch.empty_like(q)
+        grouped_out = out.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # a view: what is written to it is in `out`
+        grouped_q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # (K, G, T, H)
+        group = grouped_q.shape[1]
         scale = q.shape[-1] ** -0.5
-        grouped_q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # (K, G, T, H)
-        grouped_out = out.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # a view: written to it, written to `out`
         k = k.transpose(0, 1)  # (K, T, H)
         v = v.transpose(0, 1)
-        for start, end, first, mask in self.padded_blocks(q.dtype, grouped_q.shape[1]):
+        for start, end, first, mask, memory in self.parts(q.dtype, K, group):
             rows = grouped_q[:, :, start:end].flatten(1, 2) * scale  # (K, G * rows, H)
             keys = torch.cat([prefix_k, k[:, first:end]], dim=1)
             values = torch.cat([prefix_v, v[:, first:end]], dim=1)
-            p = torch.softmax(torch.baddbmm(mask, rows, keys.mT), dim=-1)
-            grouped_out[:, :, start:end] = torch.bmm(p, values).unflatten(1, (-1, end - start))
+            torch.baddbmm(mask, rows, keys.mT, out=memory)
+            torch.softmax(memory, dim=-1, out=memory)
+            block = torch.bmm(memory, values)
+            grouped_out[:, :, start:end] = block.unflatten(1, (group, -1))
         return out
 
-    def padded_blocks(self, dtype: torch.dtype, group: int) -> list[tuple[int, int, int, Tensor]]:
-        """`masked_blocks` whose masks (G * rows, P + S) begin with zeros: every token sees all of the prefix."""
-        if not self._padded:
-            for start, end, first, mask in self.masked_blocks(dtype):
-                self._padded.append((start, end, first, pad(mask, (self.prefix, 0)).repeat(group, 1)))
-        return self._padded
+    def parts(self, dtype: torch.dtype, K: int, group: int) -> list[tuple[int, int, int, Tensor, Tensor]]:
+        """`masked_blocks`, their masks (G * rows, P + S) with zeros for the prefix, which every token sees; and memory
+        for scores (K, G * rows, P + S), the same for all blocks, because memory of their own leaves the CPU's cache."""
+        if self._parts:
+            return self._parts
+        masks = []
+        for start, end, first, mask in self.masked_blocks(dtype):
+            masks.append((start, end, first, pad(mask, (self.prefix, 0)).repeat(group, 1)))
+        most = max(mask.numel() for *_, mask in masks)
+        memory = torch.empty(K * most, dtype=dtype)
+        for start, end, first, mask in masks:
+            scores = memory[: K * mask.numel()].view(K, *mask.shape)
+            self._parts.append((start, end, first, mask, scores))
+        return self._parts
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
         """Each document with the prefix before it, as packed documents, so that a GPU's kernels need nothing new. The
         prefix's queries are zeros; their output is left out."""
-        whole = PackedDocuments([self.prefix + length for length in self.lengths], self.device)
-        own = (whole.positions >= self.prefix).nonzero()[:, 0]  # (T): where the stream's tokens are in the whole
+        lengths = [self.prefix + length for length in self.lengths]
+        whole = PackedDocuments(lengths, self.device)
+        is_own = whole.positions >= self.prefix
+        own = is_own.nonzero()[:, 0]  # (T): where the stream's tokens are in the whole
         source = whole.positions.clone()  # of each token of the whole: its index in the prefix followed by the stream
         source[own] = self.prefix + torch.arange(len(own), device=self.device)
         whole_q = q.new_zeros(len(source), *q.shape[1:])
         whole_q[own] = q
-        whole_k = torch.cat([prefix_k.transpose(0, 1), k])[source]
-        whole_v = torch.cat([prefix_v.transpose(0, 1), v])[source]
-        return whole.attend(0, whole_q, whole_k, whole_v)[own]
+        whole_k = torch.cat([prefix_k.transpose(0, 1), k])
+        whole_v = torch.cat([prefix_v.transpose(0, 1), v])
+        y = whole.attend(layer=0, q=whole_q, k=whole_k[source], v=whole_v[source])
+        return y[own]
