@@ -5,10 +5,10 @@ graph is recorded once and then started as a whole, but it is fixed: the same ke
 So
 
     tokens and positions are written into tensors that stay where they are, and the graph begins by reading them;
-    each text looks at all positions for which the cache has memory, a multiple of 256, and a mask hides the free ones;
+    each row reads all positions for which the cache has memory, a multiple of 256, and a mask hides the free ones;
     a graph is for 1, 2, 4, 8, ... rows: with 5 texts, three more rows compute something that nobody reads.
 
-The cache gets new tensors when it grows. Graphs of the old ones are then dropped, and steps recorded anew.
+The cache gets new tensors when it grows. The graphs of the old ones are then dropped, and new ones are recorded.
 https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama.generation.kv_cache import KVCache
+from llama.generation.kv_cache import KVCache, mask_of
 from llama.model.attention import AttentionContext
 
 WARM_UPS = 3  # runs before a recording, in which libraries choose kernels and get their memory
-Logits = Callable[[Tensor, AttentionContext], Tensor]  # tokens (T), and where they are: (T, V)
+Logits = Callable[[Tensor, AttentionContext], Tensor]  # tokens (T) and their context -> scores (T, V)
 
 
 class CapturedSteps:
@@ -34,15 +34,17 @@ class CapturedSteps:
         self.keys: Tensor | None = None  # of the cache that the graphs read
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """tokens (B), for which `cache.next_token` has made room -> scores (B, V)."""
+        """tokens (B), which `cache.next_token` has prepared -> scores (B, V)."""
         if self.keys is not cache.keys[0]:
             self.graphs.clear()
             self.keys = cache.keys[0]
         count = len(tokens)
-        rows = min(1 << (count - 1).bit_length(), cache.room[0])
+        power_of_two = 1 << (count - 1).bit_length()
+        rows = min(power_of_two, cache.reserved[0])
         if rows not in self.graphs:
             self.graphs[rows] = Step(self.compute, WholeCache(cache, rows))
-        return self.graphs[rows](tokens, cache.positions)[:count]
+        scores = self.graphs[rows](tokens, cache.positions)
+        return scores[:count]
 
 
 class Step:
@@ -55,11 +57,12 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens, positions (B), B at most the rows -> scores (rows, V), in a tensor that nothing writes to later."""
+        """tokens and positions (B), B <= rows -> scores (rows, V), in a tensor that nothing writes to later."""
         # Rows without a text compute as well. They write to position 0 of a free row, which a new text overwrites.
-        self.context.positions[len(positions) :] = 0
-        self.context.positions[: len(positions)] = positions
-        self.tokens[: len(tokens)] = tokens
+        count = len(tokens)
+        self.context.positions[count:] = 0
+        self.context.positions[:count] = positions
+        self.tokens[:count] = tokens
         if not self.tokens.is_cuda:
             return self.compute()
         if self.graph is None:
@@ -93,15 +96,15 @@ class WholeCache:
         self.values = [values[:rows] for values in cache.values]
         self.rows = torch.arange(rows, device=cache.device)
         self.heads = cache.heads
-        self.every_position = torch.arange(cache.room[1], device=cache.device)
+        self.every_position = torch.arange(cache.reserved[1], device=cache.device)
         self.positions = torch.zeros_like(self.rows)
 
     def look(self) -> None:
         """Follow `positions`: where each token is written, and which positions each row may see."""
-        self.place = (self.rows[:, None], self.heads, self.positions[:, None])
-        hidden = self.every_position > self.positions[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=hidden.device)
-        self.mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]  # (rows, 1, 1, capacity)
+        positions = self.positions[:, None]
+        self.place = (self.rows[:, None], self.heads, positions)
+        mask = mask_of(self.every_position > positions, self.keys[0].dtype)
+        self.mask = mask[:, None, None]  # (rows, 1, 1, capacity)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (rows, N, H), k and v (rows, K, H) -> (rows, N, H)."""
@@ -109,5 +112,6 @@ class WholeCache:
         values = self.values[layer]
         keys.index_put_(self.place, k)
         values.index_put_(self.place, v)
-        y = scaled_dot_product_attention(q[:, :, None], keys, values, self.mask, enable_gqa=True)
+        queries = q[:, :, None]
+        y = scaled_dot_product_attention(queries, keys, values, self.mask, enable_gqa=True)
         return y[:, :, 0]

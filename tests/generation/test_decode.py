@@ -152,7 +152,7 @@ def test_a_batch_equals_one_by_one_bit_for_bit_in_fp64(shape, monkeypatch):
     """C24, where the order of sums does not depend on the shape: products of 4 rows, and of 96 columns (MKL takes 24 at
     a time, PyTorch's vectors 8), and each prompt read alone. No number of one text comes from another, then."""
     monkeypatch.setattr(decode, "STREAM", 1)
-    monkeypatch.setattr(kv_cache, "GLANCE", 96)
+    monkeypatch.setattr(kv_cache, "VIEW_BLOCK", 96)
     monkeypatch.setattr(kv_cache, "BLOCK", 288)
     raw = BASE | SHAPES[shape] | {"max_position_embeddings": 400}
     model = pair(raw)[1].double()

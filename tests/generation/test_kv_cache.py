@@ -56,9 +56,9 @@ def test_logits_with_a_cache_equal_those_without_at_every_step(heads):
 
     for text, logits in enumerate(prefill(model, cache, [t[:n] for t, n in zip(texts, lengths, strict=False)])):
         assert difference(logits, expected[text][: lengths[text]]) < EXACT
-    assert cache.room == (3, BLOCK)
+    assert cache.reserved == (3, BLOCK)
     steps(3)
-    assert cache.room == (3, 2 * BLOCK)
+    assert cache.reserved == (3, 2 * BLOCK)
     cache.leave(0)
     rows = [2, 1]
     steps(3)
@@ -119,7 +119,7 @@ def test_growth_leaves_nothing_of_the_old_tensors_in_memory():
     prefill(model, cache, texts_and_logits(model, BLOCK)[0])
     old = [weakref.ref(tensor) for tensor in cache.keys + cache.values]
     cache.next_token()
-    assert cache.room == (1, 2 * BLOCK) and not any(tensor() is not None for tensor in old)
+    assert cache.reserved == (1, 2 * BLOCK) and not any(tensor() is not None for tensor in old)
 
 
 def test_a_copy_leaves_alone_what_the_rows_share():
