@@ -123,7 +123,7 @@ def recipe_of_transformers(model, ids: torch.Tensor, max_length: int, stride: in
 
 
 @SLOW
-@pytest.mark.parametrize("max_length, stride", [(128, 64), (256, 255), (96, 5)])
+@pytest.mark.parametrize("max_length, stride", [(128, 64), (96, 95), (96, 17)])
 def test_perplexity_of_wikitext_equals_transformers_recipe(assets, tmp_path, max_length, stride):
     """C52: a real model over the beginning of WikiText-2, at one and the same windows."""
     import torch.distributed as dist
@@ -133,7 +133,7 @@ def test_perplexity_of_wikitext_equals_transformers_recipe(assets, tmp_path, max
     from llama.storage.base import Base
     from lora import Changes, open_model
 
-    text = (assets / "wikitext-2/test.txt").read_text()[:3000]
+    text = (assets / "wikitext-2/test.txt").read_text()[:2000]
     path = tmp_path / "wiki.txt"
     path.write_text(text)
     base = Base.pretrained(str(assets / "stories260K"))
@@ -182,7 +182,7 @@ def tokenizers(assets: Path) -> dict[str, Path]:
 @SLOW
 def test_tokens_of_the_pieces_are_those_of_the_whole_text(assets, smollm2, tmp_path, monkeypatch):
     """C12: pieces end where no token of any of these tokenizers reaches across."""
-    wiki = (assets / "wikitext-2/test.txt").read_text()[:40_000]
+    wiki = (assets / "wikitext-2/test.txt").read_text()[:20_000]
     texts = {name: text for name, text in HOSTILE.items() if name not in ("one word", "only spaces")} | {"wiki": wiki}
     for folder in (*tokenizers(assets).values(), smollm2):
         tokenizer = load_tokenizer(folder)
