@@ -144,7 +144,7 @@ class KVCache:
         return NewRows(self, first, lengths)
 
     def add_tokens(self, row: int, start: int, count: int) -> "MoreTokens":
-        """The context of `count` tokens behind the first `start` positions of a row. What was behind those is forgotten.
+        """The context of `count` tokens behind the first `start` positions of a row. What was behind them is forgotten.
 
         The row may be one that has left, if no other has taken its place since.
         """
