@@ -1,12 +1,12 @@
 """Texts that grow side by side: prompts are read together, then each step adds one token to every text.
 
-    add    A: prompt of 5    B: prompt of 2       read as one packed stream; their last rows give the first new tokens
+    add    A: prompt of 5    B: prompt of 2       one packed stream; each prompt's last logits give a token
     step   A a               B b                  one token of each, attention over its own cached keys and values
     step   A a a             B b b
     step   A a a a           B stops              B's row is free at once,
     add                      C: prompt of 3       and another prompt may take it while A goes on
 
-What follows a prompt depends on that prompt and its settings alone, whatever grows beside it.
+What follows a prompt depends on that prompt and its settings alone, and not on the other texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,16 @@ from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
 from llama.model import Llama, PackedDocuments
 
-# Scores (B, V) of what follows each row's newest token (B), for which `KVCache.next_token` has made room.
+# The newest token of each row (B), which `KVCache.next_token` has prepared -> logits (B, V).
 NextLogits = Callable[[Tensor, KVCache], Tensor]
 
 
 class Batch:
     """The texts that a model continues at the same time. Puts the model into eval mode.
 
-    next_logits: how a step computes; by default, `model.logits`.
-    remember:    for a chat. While no text grows, a prompt that begins like the last text goes on in its row, so only
-                 what is new is read.
+    next_logits: what computes a step, `model.logits` by default.
+    remember:    for a chat. If no text grows and a prompt begins with the same ids as the last text, the cached keys
+                 and values of these are used again, and only the other ids are read.
     """
 
     def __init__(self, model: Llama, next_logits: NextLogits | None = None, remember: bool = False):
@@ -42,10 +42,10 @@ class Batch:
         self.texts: list[Growing] = []  # of each row in the cache
         self.newest: list[int] = []  # the last token of each row, which the cache does not have yet
         self.remember = remember
-        self.remembered: list[int] = []  # the ids of the text that left last, as far as row 0 of the cache has them
+        self.remembered: list[int] = []  # those ids of the last text that row 0 of the cache still has
 
     def __len__(self) -> int:
-        """How many texts are growing. One with beams has several rows."""
+        """How many texts are growing. A text with beams has several rows, and counts once."""
         return len({text.number for text in self.texts})
 
     @torch.no_grad()
@@ -53,25 +53,29 @@ class Batch:
         """Read new prompts in one forward, and choose what follows each. Returns the answers that are complete.
 
         Each request comes with a number of its own, and asks for one token at least. The texts that grow already do not
-        change. Raises UserError for a prompt that the model cannot read, and for one that it gives NaN for.
+        change. Raises UserError for a prompt that the model cannot read, and where the logits are NaN.
         """
         new: list[Growing] = []
         ids: list[int] = []
         for number, request in requests:
-            new.append(Growing.of(number, request, len(self.texts) + len(new), self.positions))
+            row = len(self.texts) + len(new)
+            new.append(Growing.of(number, request, row, self.positions))
             ids += request.prompt
-        context: NewRows | MoreTokens
-        # The last id is read in any case: its scores say what follows.
-        known = 0 if self.texts or len(new) > 1 else shared_start(self.remembered, ids[:-1])
+        known = 0
+        if not self.texts and len(new) == 1:
+            known = shared_start(self.remembered, ids[:-1])  # the last id is always read: its logits say what follows
         self.remembered = []
+        context: NewRows | MoreTokens
         if known:
             ids = ids[known:]
             context = self.cache.add_tokens(0, known, len(ids))
         else:
-            context = self.cache.add_rows([len(text.request.prompt) for text in new])
+            lengths = [len(text.request.prompt) for text in new]
+            context = self.cache.add_rows(lengths)
         self.texts += new
         self.newest += [0] * len(new)
-        logits = self.model.logits(torch.tensor(ids, device=self.device), context, context.last)
+        tokens = torch.tensor(ids, device=self.device)
+        logits = self.model.logits(tokens, context, context.last)
         return self.grow(new, logits)
 
     @torch.no_grad()
@@ -79,15 +83,17 @@ class Batch:
         """Add one token to every text. Returns the answers that this completes."""
         self.cache.next_token()
         tokens = torch.tensor(self.newest, device=self.device)
-        return self.grow(self.texts, self.next_logits(tokens, self.cache))
+        logits = self.next_logits(tokens, self.cache)
+        return self.grow(self.texts, logits)
 
     @torch.no_grad()
     def keep_company(self) -> None:
-        """A forward without use, for a rank that has no text while others have: under FSDP all compute together."""
-        self.model.logits(torch.zeros(1, dtype=torch.int64, device=self.device), PackedDocuments([1], self.device))
+        """A forward whose result is not used: under FSDP all ranks compute together, also one that has no text."""
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.model.logits(token, PackedDocuments([1], self.device))
 
     def clear(self) -> None:
-        """Drop texts that were interrupted, perhaps in the middle of a forward, and what the cache has of them."""
+        """Drop all texts, and what the cache has of them. They may have been interrupted in the middle of a forward."""
         if self.cache.lengths:
             self.cache.lengths.clear()
             self.texts.clear()
@@ -95,25 +101,29 @@ class Batch:
             self.remembered = []
 
     def grow(self, texts: list[Growing], logits: Tensor) -> list[tuple[int, Answer]]:
-        """Continue the texts of the last rows of the cache by what their rows of logits (R, V) say."""
+        """Choose the next token of texts by their logits (R, V). Their rows are the last R of the cache."""
         first = len(self.texts) - len(logits)
-        alike: dict[GenerationSettings, dict[int, Growing]] = {}  # texts with the same settings are one matrix
+        alike: dict[GenerationSettings, dict[int, Growing]] = {}  # texts with the same settings are chosen for at once
         for text in texts:
             alike.setdefault(text.request.settings, {})[text.number] = text
         answers = []
-        idle: list[int] = []  # rows that are needed no more
+        idle: list[int] = []  # rows that no text needs any longer
         for settings, by_number in alike.items():
             group = list(by_number.values())
             rows = [row - first for text in group for row in text.rows]
-            scores = logits if rows == list(range(len(logits))) else logits[rows]
+            are_all = rows == list(range(len(logits)))
+            scores = logits if are_all else logits[rows]
             if settings.num_beams > 1:
-                for text, own in zip(group, scores.split([len(text.rows) for text in group]), strict=True):
+                counts = [len(text.rows) for text in group]
+                for text, own in zip(group, scores.split(counts), strict=True):
                     assert text.beams
                     idle += self.grow_beams(text, text.beams, own)
                     if text.beams.done:
-                        answers.append((text.number, text.shown(text.beams.answer())))
+                        answer = text.shown(text.beams.answer())
+                        answers.append((text.number, answer))
                 continue
-            for text, token in zip(group, next_tokens(group, scores), strict=True):
+            tokens = next_tokens(group, scores)
+            for text, token in zip(group, tokens, strict=True):
                 reason = text.take(token, self.positions)
                 if reason:
                     answers.append((text.number, Answer(text.ids, reason)))
@@ -125,17 +135,18 @@ class Batch:
         return answers
 
     def grow_beams(self, text: Growing, beams: Beams, logits: Tensor) -> list[int]:
-        """One step of a beam search. Returns the rows that are left over, all of them when it is done."""
+        """One step of a beam search. Returns the rows that it no longer needs: all of them when it is done."""
         with naming([text], logits):
             tokens, parents = beams.advance(logits)
         added = max(0, len(parents) - len(text.rows))  # after the first step, which has one row
-        spare = list(range(len(self.texts), len(self.texts) + added))
+        end = len(self.texts)
+        spare = list(range(end, end + added))
         self.texts += [text] * added
         self.newest += [0] * added
         text.rows, copies, left_over = heirs(text.rows, parents, spare)
         if copies:
-            equal = 0 if added else len(text.request.prompt)  # rows of one prompt differ only behind it
-            self.cache.copy(copies, equal)
+            first = 0 if added else len(text.request.prompt)  # later the rows differ only behind the prompt
+            self.cache.copy(copies, first)
         for row, token in zip(text.rows, tokens, strict=True):
             self.newest[row] = token
         return left_over
@@ -145,7 +156,8 @@ class Batch:
         last = len(self.texts) - 1
         if last == 0 and self.remember:
             text = self.texts[0]
-            self.remembered = (text.request.prompt + text.ids)[: self.cache.lengths[0]]
+            ids = text.request.prompt + text.ids
+            self.remembered = ids[: self.cache.lengths[0]]
         self.cache.leave(row)
         moved = self.texts.pop()
         token = self.newest.pop()

@@ -26,14 +26,14 @@ class Beams:
 
         (number of its tokens, the stop id among them) ** length_penalty        Wu et al. 2016, arxiv.org/abs/1609.08144
 
-    and the num_beams best of these are kept. Of the candidates of a step, (1 + number of stop ids) * num_beams are
-    looked at, at least 2 * num_beams: that many cannot all end, so that num_beams can go on.
+    and the num_beams best of these are kept. A step has (1 + number of stop ids) * num_beams candidates, at least
+    2 * num_beams: each beam has one candidate for each stop id, so num_beams candidates at least do not end.
 
-    If tokens are drawn, the candidates are not the best ones, but drawn without replacement from the softmax of all
-    scores: by the largest of score + Gumbel noise (Kool et al. 2019, https://arxiv.org/abs/1903.06059).
+    The candidates are the texts with the best scores. If tokens are drawn, they are drawn without replacement from the
+    softmax of all scores: those with the largest score + Gumbel noise (Kool et al. 2019, arxiv.org/abs/1903.06059).
 
-    The steps and early stopping are those of transformers' beam search. Where fewer than num_beams texts are possible,
-    that one goes on with copies whose score is -1e9; here there are fewer rows.
+    The steps and early stopping are those of transformers' beam search, with one difference: where fewer than num_beams
+    texts are possible, transformers adds copies with the score -1e9, and here there are fewer rows.
 
         beams = Beams(prompt, settings, stop_ids, positions_left)
         while not beams.done:
@@ -58,59 +58,71 @@ class Beams:
 
     @property
     def rows(self) -> int:
-        """The number of living beams: 1 before the first step, then num_beams, or fewer where fewer texts are possible:
-        in a small vocabulary, or if few n-grams are left that may still come."""
+        """The number of living beams: 1 before the first step, then num_beams. It is smaller where fewer texts are
+        possible: in a small vocabulary, or if nearly every token would repeat an n-gram."""
         return len(self.texts)
 
     def advance(self, logits: Tensor) -> tuple[list[int], list[int]]:
         """One step. logits (rows, V): what may follow each living beam.
 
-        Returns the new token of each beam that lives on, and the row that it continues; two empty lists when done.
+        Returns the new token of each beam that lives on, and the row that it continues. Both are empty when done.
         Raises ValueError for logits that are NaN or infinite.
         """
         num_beams = self.settings.num_beams
         length = len(self.texts[0]) - self.prompt_length + 1
         scores, candidates = self._candidates(logits, length)
-        divided = (scores / length**self.settings.length_penalty).tolist()
-        is_end = [token in self.stop_ids or length == self.longest for _, token in candidates]
-        for rank, (parent, token) in enumerate(candidates[:num_beams]):
-            if is_end[rank]:
-                self._finish(divided[rank], [*self.texts[parent], token])
-        living = scores.masked_fill(torch.tensor(is_end, dtype=torch.bool), -torch.inf)
-        best = living.topk(min(num_beams, len(living))).indices.tolist()
-        best = [rank for rank in best if not is_end[rank]]
+        divisor = length**self.settings.length_penalty
+        final_scores = (scores / divisor).tolist()
+        is_end = []
+        for place, (parent, token) in enumerate(candidates):
+            ends = token in self.stop_ids or length == self.longest
+            is_end.append(ends)
+            if ends and place < num_beams:
+                self._finish(final_scores[place], [*self.texts[parent], token])
+        ended = torch.tensor(is_end, dtype=torch.bool)
+        living = scores.masked_fill(ended, -torch.inf)
+        count = min(num_beams, len(living))
+        best = living.topk(count).indices.tolist()
+        best = [place for place in best if not is_end[place]]
         if not best or self._is_decided(scores[best[0]], length):
             self.done = True
             return [], []
-        tokens = [candidates[rank][1] for rank in best]
-        parents = [candidates[rank][0] for rank in best]
-        self.texts = [[*self.texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        chosen = [candidates[place] for place in best]
+        self.texts = [[*self.texts[parent], token] for parent, token in chosen]
         self.scores = scores[best].tolist()
+        parents = [parent for parent, _ in chosen]
+        tokens = [token for _, token in chosen]
         return tokens, parents
 
     def answer(self) -> Answer:
-        """The best text that ended. If none did, the best one so far: each token would have repeated an n-gram."""
+        """The best text that ended. If none did, because every token would repeat an n-gram, the best one so far."""
         if self.finished:
             return self.finished[0].answer
         reason = "no_repeat" if self.longest > 0 else self.reason_at_longest
         return Answer(self.texts[0][self.prompt_length :], reason)
 
     def _candidates(self, logits: Tensor, length: int) -> tuple[Tensor, list[tuple[int, int]]]:
-        """The texts that are looked at, in their order: scores (C) on the CPU, and C times (row, new token)."""
+        """The step's C candidates, in the order in which they count: scores (C) on the CPU, and (row, new token)."""
         if logits.dtype != torch.float64:
             logits = logits.float()
-        scores = process(logits.log_softmax(-1), self.texts, self.settings, self.candidates_per_beam)
-        totals = (scores + scores.new_tensor(self.scores)[:, None]).flatten()  # (rows * V)
+        log_p = logits.log_softmax(-1)
+        of_tokens = process(log_p, self.texts, self.settings, self.candidates_per_beam)
+        of_texts = of_tokens.new_tensor(self.scores)
+        totals = of_texts[:, None] + of_tokens
+        totals = totals.flatten()  # (rows * V)
         keys = totals
         if self.settings.draws:
             is_possible = totals > -torch.inf
-            uniform = torch.from_numpy(self.numbers.uniform(length - 1, int(is_possible.sum())))
-            gumbel = -(-(1 - uniform).log()).log()
+            uniform = self.numbers.uniform(length - 1, int(is_possible.sum()))
+            exponential = -torch.from_numpy(1 - uniform).log()
+            gumbel = -exponential.log()
             keys = totals.double()
             keys[is_possible] += gumbel.to(keys.device)
-        places = keys.topk(min(self.candidates_per_beam * self.settings.num_beams, len(keys))).indices
+        count = min(self.candidates_per_beam * self.settings.num_beams, len(keys))
+        places = keys.topk(count).indices
         places = places[totals[places] > -torch.inf]
-        return totals[places].cpu(), [divmod(place, scores.shape[1]) for place in places.tolist()]
+        V = of_tokens.shape[1]
+        return totals[places].cpu(), [divmod(place, V) for place in places.tolist()]
 
     def _finish(self, score: float, text: list[int]) -> None:
         """Keep a text that ended, if it is among the num_beams best."""
@@ -124,9 +136,10 @@ class Beams:
         del self.finished[self.settings.num_beams :]
 
     def _is_decided(self, best: Tensor, length: int) -> bool:
-        """Whether num_beams texts ended, and the best living one is not expected to beat the worst of them.
+        """Whether num_beams texts ended, and the best living text is not expected to beat the worst of them.
 
-        Its score is `best` after `length` tokens. It only loses score as it grows; what it gains is a larger divisor.
+        best: the score of the living text, which has `length` tokens. Each further token makes the score smaller, but
+              makes the divisor larger. "never" takes the largest divisor that is possible.
         """
         if len(self.finished) < self.settings.num_beams:
             return False
@@ -134,4 +147,5 @@ class Beams:
             return True
         if self.settings.early_stopping == "never" and self.settings.length_penalty > 0:
             length = self.longest
-        return float(best / length**self.settings.length_penalty) <= self.finished[-1].score
+        divisor = length**self.settings.length_penalty
+        return float(best / divisor) <= self.finished[-1].score

@@ -20,12 +20,12 @@ def generate(
 ) -> Iterator[tuple[int, Answer]]:
     """The answers, each with the index of its request, as they are completed. At most `batch_size` texts at a time.
 
-    Prompts that wait are read, STREAM tokens at once, as soon as texts have ended. Instead of a model, a chat gives the
-    Batch that remembers its last turn.
+    As soon as texts end, prompts that wait are read, STREAM tokens at once. Instead of a model, a chat gives the Batch
+    that remembers its last turn.
 
-    Under FSDP the ranks compute every forward together: any_rank(live) says whether any rank still has work, and until
-    none has, the others keep it company. Raises UserError before the first forward if the model cannot read a prompt,
-    later for NaN; in both cases not before all ranks have ended.
+    Under FSDP the ranks compute every forward together: any_rank(live) says whether any rank still has work, and ranks
+    without work take part until none has. Raises UserError before the first forward if the model cannot read a prompt,
+    and later if logits are NaN. In both cases it waits until all ranks have ended.
     """
     batch = model if isinstance(model, Batch) else Batch(model, next_logits)
     try:

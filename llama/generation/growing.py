@@ -41,8 +41,8 @@ class Growing:
         return text
 
     def take(self, token: int | None, positions: int) -> str | None:
-        """Write the token, unless it ends the answer. Returns the reason if the answer ends here."""
-        if token is None:  # each would repeat an n-gram
+        """Add the token to the answer, unless it is a stop id. Returns the reason if the answer ends here."""
+        if token is None:  # every token would repeat an n-gram
             return "no_repeat"
         if token in self.request.stop_ids:
             return "stop"
@@ -52,13 +52,15 @@ class Growing:
         return self.limit(positions)
 
     def limit(self, positions: int) -> str | None:
-        """Why no further token may come, None if one may."""
+        """Why no further token may come, or None if one may."""
         if len(self.ids) >= self.request.settings.max_new_tokens:
             return "length"
-        return "context" if len(self.request.prompt) + len(self.ids) >= positions else None
+        if len(self.request.prompt) + len(self.ids) >= positions:
+            return "context"
+        return None
 
     def shown(self, answer: Answer) -> Answer:
-        """The answer of beams, which is not shown before it is complete. `on_token` may end it earlier."""
+        """The answer of beams, given to `on_token` when it is complete. `on_token` may end it earlier."""
         for count, token in enumerate(answer.ids, 1):
             if self.request.on_token and self.request.on_token(token):
                 return Answer(answer.ids[:count], "stop_string")
@@ -66,11 +68,12 @@ class Growing:
 
 
 def heirs(rows: list[int], parents: list[int], spare: list[int]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Where beams live on in the cache: the row of each, copies (from, to) that must be made, and rows left over.
+    """In which rows of the cache beams go on: the row of each new beam, the copies (from, to) that this needs, and the
+    rows that nobody needs any longer.
 
-    rows:    the rows of the beams until now.
-    parents: for each beam from now on, which of them it continues. Its first child goes on in its row, and each further
-             one gets a copy, in the row of a beam without children or in one of the `spare` rows.
+    rows:    the rows of the old beams.
+    parents: which old beam each new one continues. The first child of an old beam goes on in its row. Each further
+             child gets a copy, in the row of an old beam without children or in one of the `spare` rows.
     """
     free = [row for beam, row in enumerate(rows) if beam not in parents] + spare
     placed: list[int] = []
@@ -78,8 +81,9 @@ def heirs(rows: list[int], parents: list[int], spare: list[int]) -> tuple[list[i
     for parent in parents:
         row = rows[parent]
         if row in placed:
-            copies.append((row, free.pop()))
-            row = copies[-1][1]
+            copy = free.pop()
+            copies.append((row, copy))
+            row = copy
         placed.append(row)
     return placed, copies, free
 
@@ -95,7 +99,7 @@ def shared_start(first: list[int], second: list[int]) -> int:
 def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
     """The next token of each text, which all have the same settings and no beams. logits (R, V), a row for each.
 
-    None where no token is possible. Raises UserError for logits that are no numbers.
+    None where no token is possible. Raises UserError for logits that are NaN or infinite.
     """
     settings = texts[0].request.settings
     if is_greedy(settings):
@@ -105,7 +109,8 @@ def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
             refuse(texts, logits)
         return [int(token) for token in tokens]
     with naming(texts, logits):
-        processed = process(logits, [text.request.prompt + text.ids for text in texts], settings)
+        so_far = [text.request.prompt + text.ids for text in texts]
+        processed = process(logits, so_far, settings)
     if not settings.draws:
         return choose(processed)
     numbers = [float(text.random.uniform(len(text.ids))[0]) for text in texts if text.random]
@@ -119,7 +124,7 @@ def is_greedy(settings: GenerationSettings) -> bool:
 
 @contextmanager
 def naming(texts: Sequence[Growing], logits: Tensor) -> Iterator[None]:
-    """A ValueError about logits (R, V) becomes a UserError that names the prompt; with beams all rows are of one."""
+    """A ValueError about logits (R, V) becomes a UserError that names the prompt. With beams, all rows are of one."""
     try:
         yield
     except ValueError:
@@ -128,11 +133,13 @@ def naming(texts: Sequence[Growing], logits: Tensor) -> Iterator[None]:
 
 
 def refuse(texts: Sequence[Growing], logits: Tensor) -> None:
-    """Raises UserError if a score of a text is NaN or infinite. Prompts that are read in one stream share a NaN."""
-    is_bad = ~logits.amax(-1).isfinite().view(len(texts), -1).all(-1)  # the maximum of a row with NaN is NaN
-    bad = [text for text, its_bad in zip(texts, is_bad.tolist(), strict=True) if its_bad]
+    """Raises UserError if the scores of a text are NaN or infinite. A NaN may reach all prompts of one stream."""
+    best = logits.amax(-1)  # NaN for a row that holds NaN
+    is_good = best.isfinite().view(len(texts), -1).any(-1)
+    bad = [text for text, its_good in zip(texts, is_good.tolist(), strict=True) if not its_good]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        place = f"prompt {', '.join(str(text.number + 1) for text in bad[:3])}{more}"
+        numbers = ", ".join(str(text.number + 1) for text in bad[:3])
         token = f"token {len(bad[0].ids) + 1} of the answer"
-        raise UserError(f"{place}: the scores of {token} are NaN or infinite: the model's weights are unusable")
+        found = f"the scores of {token} are NaN or infinite"
+        raise UserError(f"prompt {numbers}{more}: {found}: the model's weights are unusable")
