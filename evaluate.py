@@ -23,7 +23,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import DataSet, load_data
-from llama.boundary.errors import UserError, reason
+from llama.boundary.errors import UserError, as_user_error
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
 from llama.data.options import OptionsTemplate
@@ -64,8 +64,12 @@ def main() -> None:
         if not process.is_rank_zero:
             return
         count = outcome.values["n"] + outcome.values.get("without_label", 0)
-        result = about | metric.about | {"dtype": str(dtype).removeprefix("torch."), "ranks": process.world_size}
-        result |= outcome.as_json() | {"seconds": round(seconds, 3), "examples_per_second": count / seconds}
+        result = about | metric.about
+        result["dtype"] = str(dtype).removeprefix("torch.")
+        result["ranks"] = process.world_size
+        result |= outcome.as_json()
+        result["seconds"] = round(seconds, 3)
+        result["examples_per_second"] = count / seconds
         if settings.output:
             write("output", settings.output, json.dumps(result, indent=2) + "\n")
         if settings.predictions:
@@ -76,7 +80,7 @@ def main() -> None:
 
 
 def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
-    """The perplexity of a text file, and what it is of, for the result."""
+    """The perplexity of a text file, and what the result says about the data."""
     stride = settings.stride or settings.max_length // 2
     path = Path(settings.data)
     announce([f"{path}: read as one text, in windows of {settings.max_length} tokens that go on by {stride}"])
@@ -85,7 +89,7 @@ def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
 
 
 def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
-    """A metric on the examples of a data set, and what it is of, for the result."""
+    """A metric on the examples of a data set, and what the result says about the data."""
     found, data, split = read(settings, base)
     template = found.template
     name = name_of(settings, template)
@@ -98,8 +102,9 @@ def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
     }
     if name not in GENERATING and not isinstance(template, OptionsTemplate):
         return Answers(name, data, template, base.tokenizer, settings.batch_size, settings.limit), about
-    # What is encoded does not tell one option from another, nor the whole answer: these rows are read once more.
-    rows = set(data.rows[sample_indices(len(data), settings.limit)].tolist())
+    # The encoded examples hold neither the options nor the whole text of an answer, so these rows are read once more.
+    chosen = sample_indices(len(data), settings.limit)
+    rows = set(data.rows[chosen].tolist())
     paths = found.source.files["test" if split == "test" and not found.held_out else "train"]
     if isinstance(template, OptionsTemplate):
         limits = (settings.max_length, settings.truncate_side)
@@ -115,11 +120,10 @@ def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
 
 
 def read(settings: EvaluationSettings, base: Base) -> tuple[DataSet, EncodedData, str | None]:
-    """The data set, the part of it to score, and that part's name; None where a file is scored whole."""
-    # Nothing says which part of a single file to hold out, so all of it is scored.
-    is_whole = (
-        settings.data not in PUBLIC_DATASETS and Path(settings.data).is_file() and not settings.test_fraction
-    )
+    """The data set, the part of it to score, and the name of that part (None if a file is scored whole)."""
+    # Without --test_fraction no part of a single file is held out, so all of it is scored.
+    is_file = settings.data not in PUBLIC_DATASETS and Path(settings.data).is_file()
+    is_whole = is_file and not settings.test_fraction
     split = "train" if is_whole else settings.split
     data_settings = replace(settings, test_fraction=0.0) if is_whole else settings
 
@@ -140,8 +144,8 @@ def name_of(settings: EvaluationSettings, template: Renderer) -> str:
 
 
 def as_metric_reads(settings: EvaluationSettings, template: Renderer) -> Renderer:
-    """The template, reading rows as the metric needs them. Raises UserError where the metric says nothing about its
-    answers."""
+    """The template, or one that reads its rows as the metric needs them. Raises UserError for a template with whose
+    answers the metric can do nothing."""
     name = name_of(settings, template)
     if name == "accuracy" and not template.answers:
         raise UserError(f"--metric accuracy: expected a template with answer words, found {template.name}")
@@ -170,11 +174,9 @@ def describe(settings: EvaluationSettings, metric: str) -> dict:
 
 def write(flag: str, path: str, text: str) -> None:
     """Write a file that a flag names. Raises UserError where that is not possible."""
-    try:
+    with as_user_error(f"--{flag} {path}", "a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--{flag} {path}: {reason(error)}, expected a file that can be written") from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from llama.generation.listener import Listener
 from llama.generation.request import Answer, Request
 from llama.generation.text import TextStream
 from llama.model import Llama
-from llama.parallel.collectives import any_rank, gather, group_that_waits
+from llama.parallel.collectives import any_rank, gather, gather_dict, group_that_waits
 from llama.parallel.processes import Process
 
 INTERRUPTED = "Ctrl-C"
@@ -26,7 +26,7 @@ INTERRUPTED = "Ctrl-C"
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, and how it is asked. `words`: the ids of the answers that its template has a choice of."""
+    """A model, and how it is asked. `words`: the ids of each answer word, if the template has answer words."""
 
     settings: GenerateSettings
     tokenizer: Tokenizer
@@ -42,8 +42,10 @@ class Asked:
         return Request(ids, self.settings, self.stop_ids, listener), listener
 
     def show_answer(self, ids: list[int], batch: Batch) -> tuple[str, str]:
-        """Continue one prompt, show the text as it comes, and say how long it took. Returns the text, and why it ends:
-        in a conversation also because of Ctrl-C, and then the batch is of no further use."""
+        """Continue one prompt, show the text as it comes, and say how long it took. Returns the text, and why it ended.
+
+        In a conversation, Ctrl-C is one of the reasons. Then the batch cannot be used any longer.
+        """
         is_main = self.process.is_rank_zero
         request, listener = self.request(ids, show if is_main else None)
         try:
@@ -64,7 +66,7 @@ class Asked:
         return text, reason
 
     def answer_rows(self, prompts: list[Prompt], output: AnswerFile | None) -> None:
-        """Answer each rank's share of the prompts that are not answered yet. Rank 0 writes all answers, in order."""
+        """Answer the prompts that have no answer yet, each rank its share. Rank 0 writes all answers, in order."""
         group = group_that_waits()
         rows = Rows(self, prompts, output)
         began = time.perf_counter()
@@ -76,10 +78,8 @@ class Asked:
                 announce([f"{output.own}: keeps the answers so far; the same command goes on with the others"])
             raise
         seconds = time.perf_counter() - began
-        tokens = 0
-        for answers, of_rank in gather((rows.answers, rows.tokens), group):
-            rows.answers |= answers
-            tokens += of_rank
+        rows.answers = gather_dict(rows.answers, group)
+        tokens = sum(gather(rows.tokens, group))
         if not self.process.is_rank_zero:
             return
         if output:
@@ -93,7 +93,7 @@ class Rows:
     """The prompts of a file, and the answers that this rank has.
 
     answers: {number of the prompt: its line}; those that `output` has kept are there from the start.
-    tokens:  how many were written here.
+    tokens:  how many this rank has written.
     """
 
     def __init__(self, asked: Asked, prompts: list[Prompt], output: AnswerFile | None):
@@ -118,13 +118,14 @@ class Rows:
             listeners.append(listener)
         together = any_rank if settings.sharding == "full" else bool
         is_main = self.output is not None
-        with Progress("answering", "prompts", len(mine), silent=not process.is_rank_zero, is_main=is_main) as progress:
+        silent = not process.is_rank_zero
+        with Progress("answering", "prompts", len(mine), silent=silent, is_main=is_main) as progress:
             for i, answer in generate(self.asked.model, requests, settings.batch_size, together):
                 self.add(mine[i], listeners[i], answer)
                 progress.update()
 
     def add(self, number: int, listener: Listener, answer: Answer) -> None:
-        """Keep an answer; one process that has no file prints what is complete."""
+        """Keep an answer. Without a file, a process that is alone prints what is complete."""
         prompt = self.prompts[number]
         line = {
             "row": prompt.row,

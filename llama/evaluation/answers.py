@@ -9,7 +9,7 @@ from llama.evaluation.intervals import Interval, bootstrap, exponential, wilson
 from llama.evaluation.outcome import Outcome
 from llama.evaluation.score import Scored, answer_ids, evaluate, sample_indices
 from llama.model import Llama
-from llama.parallel.collectives import gather
+from llama.parallel.collectives import gather_dict
 from llama.parallel.processes import Process
 
 
@@ -18,7 +18,8 @@ class Answers:
     loss         nats of all labels / labels
     perplexity   exp(loss), where every token but each example's first is a label
 
-    `metric`: accuracy, loss or perplexity. Only with accuracy may examples lack their answer word; they are predicted.
+    `metric`: accuracy, loss or perplexity. Only with accuracy may an example lack its answer word; then its word is
+    predicted, and it counts in no metric.
     """
 
     generates = False
@@ -44,9 +45,7 @@ class Answers:
 
     def score(self, model: Llama, process: Process) -> Outcome:
         values, own = evaluate(model, self.data, process, self.batch_size, self.limit, self.words, each=True)
-        found: dict[int, Scored] = {}
-        for part in gather(own):
-            found |= part
+        found = gather_dict(own)
         in_order = {i: found[i] for i in sorted(found)}
         notes = []
         if self.metric == "accuracy":
@@ -60,7 +59,7 @@ class Answers:
         return Outcome(values, self.intervals(list(in_order.values())), self.lines(in_order), notes)
 
     def intervals(self, scored: list[Scored]) -> dict[str, Interval | None]:
-        """Of the metric first, then of the loss."""
+        """The interval of the metric first, then that of the loss."""
         if self.metric == "accuracy":
             scored = [example for example in scored if example.labels]
         if not scored:
@@ -76,7 +75,7 @@ class Answers:
         return {"loss": of_loss}
 
     def lines(self, scored: dict[int, Scored]) -> Iterator[dict]:
-        """Of each example its row in the file, and how it was scored."""
+        """For each example: its row in the file, and its scores."""
         for i, example in scored.items():
             row = {"row": int(self.data.rows[i])}
             if self.metric == "accuracy":

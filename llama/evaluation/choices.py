@@ -18,7 +18,7 @@ from llama.evaluation.outcome import Outcome
 from llama.evaluation.score import own_batches
 from llama.evaluation.shared_prefix import Packer
 from llama.model import Llama
-from llama.parallel.collectives import gather
+from llama.parallel.collectives import gather_dict
 from llama.parallel.processes import Process
 
 # What the log-likelihood of an option is divided by, for each metric.
@@ -50,8 +50,8 @@ def read_questions(
     max_length: int,
     side: str,
 ) -> list[AskedQuestion]:
-    """The questions in the rows of these numbers, with ids by the functions of training: the prompt is cut alike before
-    each option. Raises UserError for a row of which an option does not fit."""
+    """The questions in the rows with these numbers. The functions of training make their ids, and cut the prompt in the
+    same way before each option. Raises UserError for a row if one of its options does not fit."""
     asked = []
     for number, where, row in rows_of(paths, numbers):
         question = template.question(row, where)
@@ -63,7 +63,8 @@ def read_questions(
         for encoded in encode_rows(segments, tokenizer, max_length, side, answer_room=longest):
             if encoded is None:
                 raise UserError(f"{where}: an option does not fit into --max_length {max_length} tokens")
-            examples.append((np.array(encoded.ids, np.int32), np.array(encoded.is_answer)))
+            ids = np.array(encoded.ids, np.int32)
+            examples.append((ids, np.array(encoded.is_answer)))
             was_cut = encoded.was_cut
         asked.append(AskedQuestion(number, question, examples, was_cut))
     return asked
@@ -76,8 +77,8 @@ class Choices:
         acc_norm    log p(option | prompt) / characters of the option
         acc_bytes   log p(option | prompt) / bytes of the option in UTF-8
 
-    The text that a template puts around an option is part of what is scored, and not of its length. Of two options with
-    the same score, the first one counts. https://blog.eleuther.ai/multiple-choice-normalization/
+    The text that a template puts around an option is scored with it, and does not count in its length. If two options
+    have the same score, the first one is predicted. https://blog.eleuther.ai/multiple-choice-normalization/
     """
 
     generates = False
@@ -118,18 +119,18 @@ class Choices:
         """log p(option | prompt) of each option of each question, in nats."""
         model.eval()
         options = in_memory([example for asked in self.questions for example in asked.examples])
-        together = few_enough(self.batch_size, int(options.label_counts.max()), model.config.vocab_size)
-        packer = Packer(model, options, range(len(options)), process)
-        mine = own_batches(range(len(options)), packer.data.lengths, process, together)
+        most_labels = int(options.label_counts.max())
+        together = few_enough(self.batch_size, most_labels, model.config.vocab_size)
+        indices = range(len(options))
+        packer = Packer(model, options, indices, process)
+        mine = own_batches(indices, packer.data.lengths, process, together)
         own: dict[int, float] = {}
         progress = Progress("evaluating", "batches", len(mine), silent=not process.is_rank_zero)
         for part in progress.over(mine):
             losses = losses_of_examples(model, packer.pack(part))
             own |= zip(part, (-losses).tolist(), strict=True)
-        found: dict[int, float] = {}
-        for of_rank in gather(own):
-            found |= of_rank
+        found = gather_dict(own)
         if not np.isfinite(list(found.values())).all():
             raise UserError("the likelihood of an option is not finite: the model's weights are unusable")
-        values = iter(found[i] for i in range(len(options)))
-        return [[next(values) for _ in asked.examples] for asked in self.questions]
+        in_order = iter(found[i] for i in indices)
+        return [[next(in_order) for _ in asked.examples] for asked in self.questions]

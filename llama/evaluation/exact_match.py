@@ -23,15 +23,18 @@ class ExactMatch:
         self.about = {"match": "the number behind ####, where the row's answer ends in one; else the stripped text"}
 
     def compare(self, reference: str, text: str) -> dict:
-        """What is expected, what the text says (None: no number behind ####), and whether they are the same."""
+        """The expected answer, the one found in the text (None if no number is behind ####), and whether they match."""
         end = AT_THE_END.search(reference)
         if end is None:
-            return {"expected": reference.strip(), "found": text.strip(), "match": reference.strip() == text.strip()}
-        found = ANYWHERE.search(text)
-        expected = value_of(end[1])
-        written = value_of(found[1]) if found else None
-        shown = None if written is None else f"{written:f}"
-        return {"expected": f"{expected:f}", "found": shown, "match": written == expected}
+            expected = reference.strip()
+            found = text.strip()
+            return {"expected": expected, "found": found, "match": expected == found}
+        right = value_of(end[1])
+        number = ANYWHERE.search(text)
+        if number is None:
+            return {"expected": f"{right:f}", "found": None, "match": False}
+        written = value_of(number[1])
+        return {"expected": f"{right:f}", "found": f"{written:f}", "match": written == right}
 
     def summarise(self, found: Sequence[Mapping]) -> tuple[dict, dict[str, Interval | None]]:
         right = sum(example["match"] for example in found)

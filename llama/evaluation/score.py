@@ -20,8 +20,13 @@ from llama.parallel.processes import Process
 
 
 class Scored(NamedTuple):
-    """One example: the summed losses of its labels in nats, how many labels these are (0 where it lacks its answer
-    word), the probability of each answer word (their sum is 1), and whether the right one is the likeliest."""
+    """What one example got.
+
+    loss:          the sum of the losses of its labels, in nats.
+    labels:        how many labels these are; 0 if it lacks its answer word.
+    probabilities: of each answer word; their sum is 1.
+    is_right:      whether the right word is the likeliest.
+    """
 
     loss: float
     labels: int
@@ -46,19 +51,21 @@ def answer_ids(template: Renderer, tokenizer: Tokenizer) -> list[int]:
 
 
 def sample_indices(examples: int, limit: int) -> np.ndarray:
-    """A fixed random choice of `limit` examples (0: all). The first would not do: many files are sorted by label."""
+    """A fixed random choice of `limit` examples (0: all). Not the first ones: many files are sorted by label."""
     if not 0 < limit < examples:
         return np.arange(examples)
-    return np.sort(np.random.default_rng(0).permutation(examples)[:limit])
+    order = np.random.default_rng(0).permutation(examples)
+    return np.sort(order[:limit])
 
 
 def own_batches(indices: Sequence[int], lengths: np.ndarray, process: Process, batch_size: int) -> list[list[int]]:
-    """This rank's batches of examples: as many as every rank has, some perhaps empty, with nearly equal work.
+    """This rank's batches of examples, with nearly equal work. Some may be empty, so that all ranks have as many.
 
-    Every rank runs the same number of forwards, because inside each FSDP gathers weights, which is collective.
+    Every rank runs the same number of forwards, because FSDP gathers weights inside each, which is collective.
     """
     rounds = -(-len(indices) // (batch_size * process.world_size))
-    return deal(indices, lengths, rounds * process.world_size, batch_size)[process.rank :: process.world_size]
+    batches = deal(indices, lengths, rounds * process.world_size, batch_size)
+    return batches[process.rank :: process.world_size]
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
@@ -71,20 +78,21 @@ def evaluate(
     words: list[int] | None = None,
     each: bool = False,
 ) -> tuple[dict, dict[int, Scored]]:
-    """Metrics over all ranks, and what each of this rank's examples got, {example: Scored}; without `words` only if
-    `each` asks for it.
+    """Metrics over all ranks, and what each of this rank's examples got, {example: Scored}. Without `words`, the latter
+    is empty unless `each` asks for it.
 
         loss       sum of the negative log-likelihoods of all labelled tokens / their number, in nats
         accuracy   how often the right one of the answer `words` (token ids) is the likeliest of them
         n          examples scored, each exactly once
 
-    Neither batch size nor number of ranks changes them. An example without its answer word is predicted and not scored;
-    without any other there are no metrics but n = 0. The model is left in eval mode. Collective.
+    Neither batch size nor number of ranks changes them. An example that lacks its answer word is predicted, and counts
+    in no metric; if all lack it, n = 0 is the only metric. The model is left in eval mode. Collective.
     """
     model.eval()
     indices = sample_indices(len(data), limit)
     if each and words is None:
-        batch_size = few_enough(batch_size, int(data.label_counts[indices].max()), model.config.vocab_size)
+        most_labels = int(data.label_counts[indices].max())
+        batch_size = few_enough(batch_size, most_labels, model.config.vocab_size)
     packer = Packer(model, data, indices.tolist(), process)
     mine = own_batches(indices.tolist(), packer.data.lengths, process, batch_size)
     found: dict[int, Scored] = {}
@@ -102,7 +110,12 @@ def evaluate(
             sums[1] += len(batch.targets)
             sums[3] += len(part)
     scored = [example for example in found.values() if words is None or example.labels]
-    own = (sum(e.loss for e in scored), sum(e.labels for e in scored), sum(e.is_right for e in scored), len(scored))
+    own = [
+        sum(example.loss for example in scored),
+        sum(example.labels for example in scored),
+        sum(example.is_right for example in scored),
+        len(scored),
+    ]
     sums += torch.tensor(own, dtype=torch.float64).to(process.device)
     dist.all_reduce(sums)
     return _metrics(words is not None, *sums.tolist()), found
@@ -118,12 +131,14 @@ def _metrics(has_words: bool, loss: float, labels: float, right: float, examples
 
 
 def _predict(model: Llama, batch: Batch, words: list[int], answers: np.ndarray) -> list[Scored]:
-    """Each example of the batch, of which `answers` says the right word by its index, -1 where it is unknown."""
+    """What each example of the batch got. `answers`: the index of each example's right word, -1 if it is unknown."""
     logits = model.logits(batch.tokens, batch.documents, batch.rows).float()
-    losses = sums_of_examples(label_losses(logits, batch.targets), batch).tolist()
+    losses_of_labels = label_losses(logits, batch.targets)
+    losses = sums_of_examples(losses_of_labels, batch).tolist()
     labels = torch.tensor(batch.labels_per_example, dtype=torch.int64, device=logits.device)
     first_labels = labels.cumsum(0) - labels
-    of_words = logits[first_labels][:, words].double().softmax(-1)
+    logits_of_words = logits[first_labels][:, words]
+    of_words = logits_of_words.double().softmax(-1)
     likeliest = of_words.argmax(-1).tolist()
     scored = []
     for place, probabilities in enumerate(of_words.tolist()):

@@ -14,13 +14,15 @@ from llama.parallel.processes import Process
 
 # Each block of attention copies the prefix's keys, which costs more than so few tokens save.
 SHORTEST = 8
-# To read the prefix is one more forward. On a CPU it pays from about 100 saved tokens on.
+# Reading the prefix is one more forward. On a CPU it pays if about 100 tokens are saved.
 LEAST_SAVED = 256
 
 
 def shared_length(data: EncodedData, indices: Sequence[int]) -> int:
-    """With how many equal ids the examples of these indices begin. None of their labels is predicted from one of them:
-    the label's row, the token before it, comes after them."""
+    """How many ids at their start the examples of these indices have in common.
+
+    The token before an example's first label is not among them: its logits, which predict the label, are needed.
+    """
     if not len(indices):
         return 0
     shared, _ = data[indices[0]]
@@ -34,10 +36,10 @@ def shared_length(data: EncodedData, indices: Sequence[int]) -> int:
 
 
 class Packer:
-    """Packs examples for a model that scores them. What all examples of `indices` begin with is read by the model now,
-    and left out of the streams; their attention context sees it.
+    """Packs examples for a model that scores them. The model reads the prefix that all of them share once, when this
+    is made. The streams leave it out, and their attention context sees it.
 
-    data: the examples as they lie in the streams, without what they share.
+    data: the examples without the shared prefix.
     """
 
     def __init__(self, model: Llama, data: EncodedData, indices: Sequence[int], process: Process):

@@ -5,10 +5,10 @@
                            2nd          . . . x x          x  scored
                            3rd              . . . x x
 
-Every token but the first is scored exactly once. From the second window on, a token is scored with at least window -
-stride tokens before it; with a window for each token it would be scored with all that fit, at many times the work.
-This is the recipe of https://huggingface.co/docs/transformers/perplexity, but the sum of all losses is divided by the
-number of scored tokens, so that windows of different sizes weigh what they hold.
+Every token but the first is scored exactly once. From the second window on, at least (window - stride) tokens stand
+before a scored token. A smaller stride gives it more context and costs more forwards.
+This is the recipe of https://huggingface.co/docs/transformers/perplexity, except that the sum of all losses is divided
+by the number of scored tokens, so a window counts by how many tokens it scores.
 """
 
 import math
@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
 
 def windows(ids: Iterable[int], size: int, stride: int) -> Iterator[Window]:
-    """The windows of a stream of ids: each goes on by `stride`, less than `size`; the last one may be shorter.
+    """The windows of a stream of ids. Each begins `stride` < `size` ids after the one before. The last may be shorter.
 
     None where there are fewer than two ids.
     """
@@ -82,7 +82,8 @@ class TextPerplexity:
         self.limit = limit or None
         self.about = {"window": window, "stride": stride}
         self.bytes = self.words = 0
-        if next(self.windows(), None) is None:  # and what is no text is an error before the model is opened
+        # Read the first window now, so that a file that is no text is refused before the model is opened.
+        if next(self.windows(), None) is None:
             raise UserError(f"{path}: fewer than two tokens, expected a text; its first token is not scored")
 
     def windows(self) -> Iterator[Window]:
@@ -126,7 +127,7 @@ class TextPerplexity:
             raise UserError(f"the loss over {tokens} tokens is {nats}: the model's weights are unusable")
         loss = nats / tokens
         values: dict = {"loss": loss, "perplexity": exponential(loss), "tokens": tokens, "n": len(losses)}
-        if self.limit is None:  # else nobody knows which bytes the scored tokens are
+        if self.limit is None:  # else the bytes that were read are not those of the scored tokens
             values["bytes"] = self.bytes
             values["bits_per_byte"] = nats / math.log(2) / self.bytes
             values["words"] = self.words

@@ -15,7 +15,7 @@ from llama.generation.request import Answer, Request
 from llama.generation.settings import GenerationSettings
 from llama.generation.step import lay_out
 from llama.model import Llama
-from llama.parallel.collectives import fail_together, gather, group_that_waits
+from llama.parallel.collectives import fail_together, gather_dict, group_that_waits
 from llama.parallel.processes import Process
 
 
@@ -32,9 +32,10 @@ class Comparison(Protocol):
 
 
 class Written:
-    """A comparison of the model's texts with the references of prompts. A prompt without one is left out, and counted.
+    """A comparison of what the model writes with the reference of each prompt. Prompts without one are left out, and
+    counted.
 
-    Raises UserError where no prompt has one.
+    Raises UserError if no prompt has a reference.
     """
 
     generates = True
@@ -82,7 +83,7 @@ class Written:
         return Outcome(values, intervals, lines, self.notes(values))
 
     def notes(self, values: dict) -> list[str]:
-        """What may make the numbers smaller than the model deserves."""
+        """What a user should know because it may make the numbers too small."""
         counts = {
             "rows without an answer, which are left out": self.about["without_answer"],
             "texts that are empty": values["empty"],
@@ -104,9 +105,7 @@ class Written:
             for place, answer in generate(fast, requests, self.batch_size):
                 own[mine[place]] = answer
                 progress.update()
-        found: dict[int, Answer] = {}
-        for part in gather(own, group):
-            found |= part
+        found = gather_dict(own, group)
         return [found[i] for i in range(len(self.requests))]
 
 

@@ -33,6 +33,14 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list:
     return values
 
 
+def gather_dict(value: dict, group: dist.ProcessGroup | None = None) -> dict:
+    """The entries of every rank's `value` in one dictionary, on every rank."""
+    found: dict = {}
+    for of_rank in gather(value, group):
+        found |= of_rank
+    return found
+
+
 def any_rank(is_so: bool) -> bool:
     """Whether it is so on any rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
