@@ -1,9 +1,9 @@
-"""A file of answers that is there when all are; until then, those that are complete are kept beside it.
+"""A file of answers that appears when all of them are complete. Until then, complete ones are kept beside it.
 
     answers.jsonl.unfinished-0    what rank 0 has answered so far: each line [number of the prompt, its answer]
     answers.jsonl                 when all prompts are answered: an answer in each line, in the order of the prompts
 
-So an interruption loses no answer, and the same command goes on with those that are missing.
+So an interruption loses no complete answer, and the same command then computes those that are missing.
 """
 
 import json
@@ -20,11 +20,11 @@ SUFFIX = ".unfinished-"
 class AnswerFile:
     """The file that --output names. Use it as a context manager while answers are added.
 
-    asked: {flag or other name: value} of all that decides what the answers are.
-    kept:  {number of a prompt: its answer} of what an interrupted run of the same command has left.
+    asked: {flag or other name: value} of everything that decides what the answers are.
+    kept:  {number of a prompt: its answer}, from an interrupted run of the same command.
 
-    Raises UserError for a file that is there already, for a folder in which none can be written, and where what is kept
-    answers something else.
+    Raises UserError if the file exists already, if it cannot be written, or if the kept answers are those of another
+    command.
     """
 
     def __init__(self, path: str, asked: dict, rank: int):
@@ -38,14 +38,14 @@ class AnswerFile:
             self.kept: dict[int, dict] = {}
             for file in self._unfinished():
                 self.kept |= self._read(file)
-            self.own.touch()  # fails now, and not behind the first answer
+            self.own.touch()  # where that is impossible, it fails now, and not after the first answer
             if not self.own.stat().st_size:
                 self.own.unlink()
 
     def __enter__(self) -> "AnswerFile":
         self._lock = locked(self.own, wait=False, create=True)
         self._lock.__enter__()
-        whole = self.own.read_bytes().rpartition(b"\n")[0]  # a line that was not finished is written again
+        whole, _, _ = self.own.read_bytes().rpartition(b"\n")  # an unfinished last line is dropped
         self._file = open(self.own, "r+b")
         self._file.truncate(len(whole) + 1 if whole else 0)
         self._file.seek(0, os.SEEK_END)
@@ -62,9 +62,10 @@ class AnswerFile:
         self._append([number, answer])
 
     def publish(self, answers: Iterable[dict]) -> None:
-        """Write the file: all answers, in order. What was kept of them is removed."""
+        """Write the file: all answers, in order. The files beside it are removed."""
+        lines = [json_line(answer) + "\n" for answer in answers]
         with as_user_error(f"--output {self.path}", "a file that can be written"):
-            replace_durably(self.path, "".join(json_line(answer) + "\n" for answer in answers))
+            replace_durably(self.path, "".join(lines))
             for file in self._unfinished():
                 file.unlink(missing_ok=True)
 
@@ -77,7 +78,7 @@ class AnswerFile:
 
     def _read(self, file: Path) -> dict[int, dict]:
         """What a rank has answered: {number of a prompt: its answer}."""
-        lines = file.read_bytes().split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
+        *lines, _ = file.read_bytes().split(b"\n")  # behind the last line end there is nothing, or half a line
         with as_user_error(file, "what an interrupted run has left; delete it"):
             found = [json.loads(line) for line in lines]
         if not found:
@@ -96,7 +97,7 @@ def _literal(name: str) -> str:
 
 
 def json_line(value: object) -> str:
-    """JSON on one line, readable in any script. Characters that could control a terminal, or end a line for some
-    reader, are escaped: in JSON they stand in strings only."""
+    """JSON on one line, with letters of every script as they are. Characters that could control a terminal, or that a
+    reader could take for a line end, are escaped. They occur in strings only, where JSON allows it."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

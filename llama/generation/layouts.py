@@ -1,10 +1,10 @@
 """How the matrices of a model lie in memory while it generates.
 
-A step of generation multiplies one token of each text by every weight, so it lasts as long as the weights take to be
-read. For one row, a matrix product that expects many reads them at a third of the memory's speed. The layouts below
-hold y = x W^T + b for W (O, D); each reads its memory in the order in which it lies there.
+A step of generation multiplies one token of each text by every weight, so it takes as long as reading the weights. A
+matrix product made for many rows reads them at a third of the memory's speed when there is one row. The layouts below
+compute y = x W^T + b for W (O, D), and each reads its memory in the order in which it lies there.
 
-    Rows     (O, D)        as a linear has it: what GPUs, and CPUs without the kernels below, multiply best
+    Rows     (O, D)        as in a linear: the fastest for GPUs, and for CPUs without the kernels below
     Columns  (D, O)        one row of x by a wide W in fp32
     Panels   (P, D, O/P)   one row of x: P narrow strips of columns, each with its own running sums in registers
     Packed   (private)     several rows of x: the order that oneDNN, PyTorch's library for CPUs, chooses itself
@@ -41,16 +41,15 @@ class Layout(ABC):
         """Keep W (O, D) in the layout's order."""
 
     @abstractmethod
-    def product(self, x: Tensor) -> Tensor:
-        """x (T, D) -> x W^T (T, O)."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, D) -> x W^T + b (T, O)."""
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """W[ids] (T, D): a head that is tied to the embedding is the embedding as well."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, O)."""
-        y = self.product(x)
+    def plus_bias(self, y: Tensor) -> Tensor:
+        """y + b, in place."""
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -63,9 +62,6 @@ class Rows(Layout):
     def __call__(self, x):
         return linear(x, self.weight, self.bias)
 
-    def product(self, x):
-        return linear(x, self.weight)
-
     def rows(self, ids):
         return self.weight[ids]
 
@@ -76,8 +72,8 @@ class Columns(Layout):
     def arrange(self, weight):
         self.weight = weight.t().contiguous()
 
-    def product(self, x):
-        return torch.mm(x, self.weight)
+    def __call__(self, x):
+        return self.plus_bias(torch.mm(x, self.weight))
 
     def rows(self, ids):
         return self.weight[:, ids].t()
@@ -103,7 +99,7 @@ class Panels(Layout):
             self.shared[shape] = (row_numbers, bag_starts, weight.new_empty(shape))
         self.row_numbers, self.bag_starts, self.copies_of_x = self.shared[shape]
 
-    def product(self, x):
+    def __call__(self, x):
         if len(x) == 1:
             weights = self.copies_of_x.copy_(x).view(-1)
             y = torch.embedding_bag(self.table, self.row_numbers, self.bag_starts, False, 0, False, weights)[0]
@@ -112,7 +108,9 @@ class Panels(Layout):
             y = torch.matmul(x, self.weight).transpose(0, 1).flatten(1)
         else:
             y = torch.mm(x, self.weight.transpose(0, 1).flatten(1))
-        return y if y.shape[1] == self.out_features else y[:, : self.out_features]
+        if y.shape[1] > self.out_features:
+            y = y[:, : self.out_features]
+        return self.plus_bias(y)
 
     def rows(self, ids):
         return self.weight[ids // self.width, :, ids % self.width]
@@ -135,9 +133,6 @@ class Packed(Layout):
 
     def __call__(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def product(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
     def rows(self, ids):
         raise TypeError("oneDNN's order is its own: expected a look-up in the unpacked weight")

@@ -1,4 +1,4 @@
-"""Who hears the tokens of an answer as they come."""
+"""What receives the tokens of an answer as they come."""
 
 import time
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ from llama.generation.text import TextStream
 
 
 class Listener:
-    """Takes the ids of an answer: makes text of them, and knows when it is complete and when its first token came.
+    """Takes the ids of an answer, makes text of them, and knows when it is complete and how fast it came.
 
-    stream:        the text; see TextStream.
-    whole_answers: ids that are complete answers. Training teaches no end token behind the words of a template.
-    at_once:       all ids come at the end, as those of beams do.
+    stream:        makes the text; see TextStream.
+    whole_answers: the ids of each answer word, if the template has answer words. An answer ends behind such a word,
+                   because training teaches no end token there.
+    at_once:       whether all ids come at the end, as those of beams do.
     """
 
     def __init__(self, stream: TextStream, whole_answers: Sequence[list[int]] = (), at_once: bool = False):
@@ -24,21 +25,23 @@ class Listener:
 
     def __call__(self, id: int) -> bool:
         """Take the next id. True if the answer is complete."""
-        self.first_at = self.first_at or time.perf_counter()
+        if self.first_at is None:
+            self.first_at = time.perf_counter()
         self.ids.append(id)
         return self.stream(id) or self.ids in self.whole_answers
 
     def reason(self, reason: str) -> str:
-        """Why the answer has ended: as `Answer` has it, or "word" where it is a whole answer."""
+        """Why the answer has ended: the reason of its `Answer`, or "word" if it is one of the whole answers."""
         return "word" if self.ids in self.whole_answers else reason
 
     def speed(self, prompt: int, reason: str) -> str:
-        """A sentence on an answer that has just ended, to a prompt of so many tokens."""
+        """A sentence on the speed of an answer that has just ended. `prompt`: the tokens of its prompt."""
         now = time.perf_counter()
         count = len(self.ids)
         first_at = self.first_at or now
         if self.at_once:
-            spent = f"in {now - self.began:.2f} s, {count / (now - self.began):.1f} tokens per second"
+            seconds = now - self.began
+            spent = f"in {seconds:.2f} s, {count / seconds:.1f} tokens per second"
             return f"prompt: {prompt} tokens; answer: {count} tokens {spent} (ended by: {reason})"
         seconds = now - first_at
         rate = f", {(count - 1) / seconds:.1f} tokens per second" if count > 1 and seconds > 0 else ""

@@ -13,8 +13,8 @@ class Request:
     prompt:   its ids, at least one.
     settings: how it is continued.
     stop_ids: the ids that end an answer; none of them is part of it.
-    on_token: called with each new id as soon as it is chosen (with beams: with all ids, at the end); if it returns
-              True, the answer ends behind this id. It turns ids into text, shows them, and knows the stop strings.
+    on_token: called with each new id as soon as it is chosen (with beams: with one after the other, at the end). If it
+              returns True, the answer ends behind this id. Stop strings are found so, and texts shown as they grow.
     """
 
     prompt: list[int]

@@ -24,34 +24,34 @@ class GenerationSettings(Settings):
     )
     repetition_penalty: float = setting(
         1.0,
-        "above 1: tokens that prompt or answer have already get less likely; their scores are divided by this, the "
-        "negative ones multiplied",
+        "above 1: tokens that are in the prompt or the answer already become less likely; a positive score is divided "
+        "by this, a negative one multiplied",
         at_least=0.01,
         at_most=100,
     )
     no_repeat_ngram_size: int = setting(
-        0, "no run of this many tokens occurs twice in prompt and answer; 0: any may", at_least=0
+        0, "no n-gram of this many tokens occurs twice in prompt and answer; 0: any may", at_least=0
     )
     num_beams: int = setting(
-        1, "texts that are continued side by side, of which the best is kept; 1: no search", at_least=1, at_most=1000
+        1, "texts that beam search continues side by side; the best is the answer; 1: none", at_least=1, at_most=1000
     )
     length_penalty: float = setting(
         1.0,
-        "a beam's score, which is negative, is divided by its length to this power: above 0 favours long texts",
+        "a beam's score, which is negative, is divided by (its length ** this): above 0 favours long texts",
         at_least=-5,
         at_most=5,
     )
     early_stopping: str = setting(
         "false",
-        "when beams end: true, as soon as num_beams texts are complete; false, when the best living beam would lose if "
-        "it ended now; never, when none can win",
+        "when beam search ends: true, as soon as num_beams texts are complete; false, when the best unfinished text "
+        "would not be better if it ended now; never, when it cannot become better",
         choices=("true", "false", "never"),
     )
-    seed: int = setting(0, "of the draws: a text depends on its prompt and this seed alone", at_least=0)
+    seed: int = setting(0, "of the draws: what is drawn for a prompt depends on the prompt and this alone", at_least=0)
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn at random, and not always the likeliest one is taken."""
+        """Whether each token is drawn at random; else the likeliest one is taken."""
         return self.temperature > 0
 
     def checks(self):
@@ -59,7 +59,7 @@ class GenerationSettings(Settings):
         of_beams = {"length_penalty": 1.0, "early_stopping": "false"}
         return [
             *super().checks(),
-            # Divided by less, float32 scores may become infinite.
+            # Scores that are divided by a smaller number may become infinite in float32.
             ("temperature", "0, or 0.000001 or more", self.temperature == 0 or self.temperature >= 1e-6),
             *((name, "--temperature above 0 with it", self.draws or getattr(self, name) == off)
               for name, off in filters.items()),

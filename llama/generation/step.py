@@ -1,8 +1,8 @@
-"""A Llama laid out for generation: the numbers of llama/model, from fewer and larger products.
+"""A Llama laid out for generation: it computes what llama/model computes, in fewer and larger products.
 
-A step of generation is short: one token of each text goes through all layers. Reading the weights takes most of its
-time, and each call of PyTorch counts beside it. So here q, k and v are one product, gate and up are another, q and k
-are rotated together, and each matrix lies in memory as `layouts` chooses. Prompts are read by the same lines.
+A step of generation is short: one token of each text goes through all layers. Most of its time goes into reading the
+weights, and a good part of the rest into the calls of PyTorch. So here q, k and v are one product, gate and up are
+another, q and k are rotated together, and each matrix lies in memory as `layouts` chooses. The same code reads prompts.
 """
 
 import torch
@@ -32,21 +32,23 @@ def lay_out(model: Llama, rows: int) -> Llama:
     if not all(type(module) in PARTS for module in model.modules()):
         return model
     flat = FlatLlama(model, rows)
-    if flat.norm.weight.device.type == "cpu" and flat.norm.weight.dtype in FAST_DTYPES and isinstance(flat.head, Rows):
+    weight = flat.norm.weight
+    could_be_fast = weight.device.type == "cpu" and weight.dtype in FAST_DTYPES
+    if could_be_fast and isinstance(flat.head, Rows):
         lacking = "this PyTorch has no kernels for this processor that read weights in the order of a step"
         announce([f"{lacking}: each token may take twice as long as elsewhere"])
     return flat
 
 
 class FlatLlama(Llama):
-    """`model` for steps of about `rows` tokens. It takes the weights over: `model` itself is empty afterwards."""
+    """`model` for steps of about `rows` tokens. It takes the weights, so `model` is empty afterwards."""
 
     def __init__(self, model: Llama, rows: int):
         nn.Module.__init__(self)  # not Llama's, which would make weights
         self.config = model.config
         self.rows = rows
         self.shared: dict = {}  # what layouts of the same shape have in common
-        self.norm = model.norm  # tells where the model computes
+        self.norm = model.norm  # its device is that of the model
         self.last_norm = Norm(model.norm)
         self.flat_layers = [FlatLayer(layer, self.laid_out) for layer in model.layers]  # type: ignore[arg-type]
         self.head = self.laid_out(model.lm_head)
@@ -57,35 +59,38 @@ class FlatLlama(Llama):
         del model.layers, model.norm, model.lm_head, model.embed_tokens
 
     def laid_out(self, *linears: nn.Linear) -> Layout:
-        """The weights of `linears` below each other, as one matrix; each of them loses its own."""
+        """The weights of `linears` below each other, as one matrix. The linears lose theirs."""
         weights = [linear.weight.detach() for linear in linears]
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         bias = torch.cat(biases) if biases else None
         for linear in linears:
             del linear.weight
-        return choose(weight, self.rows)(weight, bias, self.shared)
+        layout = choose(weight, self.rows)
+        return layout(weight, bias, self.shared)
 
     def forward(self, *_):
         raise TypeError("a model that was laid out for generation has no loss; expected `logits` to be called")
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
-        """Scores (R, V) of what follows each row of the stream, without `rows` (T, V)."""
+        """Scores of the next token behind the `rows` (R) of a stream: (R, V). Without `rows`, behind each: (T, V)."""
         if not isinstance(context, KVCache):
             return self.compute(tokens, context, rows)
         if tokens.is_cuda:
             return self.captured(tokens, context)
-        with torch.inference_mode():  # PyTorch keeps less account of views and changes in place
+        with torch.inference_mode():  # faster: PyTorch does not track views and changes in place
             x = self.hidden(tokens, context)
-        return self.head(self.last_norm(x))
+        y = self.last_norm(x)
+        return self.head(y)
 
     def compute(self, tokens: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
         """`logits` in any mode, and without a graph."""
         x = self.hidden(tokens, context)
         if rows is not None:
             x = x[rows]
-        return self.head(self.last_norm(x))
+        y = self.last_norm(x)
+        return self.head(y)
 
     def hidden(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """The residual stream (T, D) behind the last layer."""
@@ -106,16 +111,20 @@ class Norm:
 
     def __init__(self, norm: RMSNorm):
         self.norm = norm
-        size = len(norm.weight)
+        D = len(norm.weight)
         dtype = torch.promote_types(norm.weight.dtype, torch.float32)
-        self.scale = norm.weight.detach().to(dtype) * size**0.5
-        self.floor = self.scale.new_tensor((size * norm.eps) ** 0.5)
+        weight = norm.weight.detach().to(dtype)
+        self.scale = weight * D**0.5
+        floor = (D * norm.eps) ** 0.5
+        self.floor = self.scale.new_tensor(floor)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one kernel
             return self.norm(x)
         length = torch.linalg.vector_norm(x, 2, -1, keepdim=True, dtype=self.scale.dtype)
-        return (x * self.scale).div_(torch.hypot(length, self.floor)).to(x.dtype)
+        divisor = torch.hypot(length, self.floor)
+        y = x * self.scale
+        return y.div_(divisor).to(x.dtype)
 
 
 class FlatLayer:
@@ -141,9 +150,13 @@ class FlatLayer:
         qkv = self.qkv(self.input_norm(x))
         qkv = qkv.view(-1, N + 2 * K, self.head_dim)
         qk = rotate(qkv[:, : N + K], cos, sin)
-        y = context.attend(index, qk[:, :N], qk[:, N:], qkv[:, N + K :])
+        q = qk[:, :N]
+        k = qk[:, N:]
+        v = qkv[:, N + K :]
+        y = context.attend(index, q, k, v)
         x += self.o(y.flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate_up = self.gate_up(self.mlp_norm(x))
+        gate, up = gate_up.chunk(2, dim=-1)
         x += self.down(silu(gate).mul_(up))
 
 

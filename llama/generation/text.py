@@ -1,4 +1,4 @@
-"""Ids become text while they come: whole characters only, and nothing of a stop string."""
+"""Ids become text while they come: only whole characters, and no part of a stop string."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,11 +9,11 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8, so as many tokens at most
 class TextStream:
     """The text of an answer, piece by piece, and where a stop string ends it. It is a Request's `on_token`.
 
-    decode_ids: the text of some ids that follow others, without control tokens. It must be the same in parts: the texts
-                of two halves, joined, are the text of the whole, unless a character lies across the border.
-    stops:      texts that end the answer. Of several, the one that is complete first counts, and of two that are
-                complete at the same character the longer one.
-    show:       called with each piece of the text as soon as its last character is whole, and it begins no stop string.
+    decode_ids: ids that follow others -> their text, without control tokens. Ids that are decoded in two parts must
+                give the same text, unless a character lies across the border.
+    stops:      texts that end the answer. The one that is complete first counts; if two are complete at the same
+                character, the longer one.
+    show:       called with each piece of the text as soon as its characters are whole and cannot begin a stop string.
 
     The joined pieces are the text of all ids, up to the stop string. The work for a token does not depend on how many
     came before it.
@@ -42,23 +42,23 @@ class TextStream:
         return self.has_stopped
 
     def finish(self) -> str:
-        """Show what was held back, because nothing follows, and return the whole text. The bytes of a character that
-        never became whole are shown as the tokenizer decodes them, as U+FFFD."""
+        """Nothing follows: show what was held back, and return the whole text. The bytes of a character that never
+        became whole are shown as the tokenizer decodes them, as U+FFFD."""
         self._add(self._decode(self._ids))
         self._ids = []
         self._release(len(self._held))
         return "".join(self._pieces)
 
     def _whole_characters(self) -> str:
-        """The text of the ids that can no longer be a part of a later character. They are forgotten."""
+        """Take those ids that belong to no character that is still unfinished, and return their text."""
         text = self._decode(self._ids)
         if not text.endswith(UNFINISHED):
             self._ids = []
             return text
         if len(self._ids) < LONGEST_CHARACTER:
             return ""
-        # The last character may still become whole, but then it has begun in one of the last three tokens. A border in
-        # the middle of a character would make more of U+FFFD.
+        # The last character may still become whole. Then it began in one of the last three tokens. The right border is
+        # the one with the fewest U+FFFD, because a border in the middle of a character adds some.
         borders = [len(self._ids) - count for count in (3, 2, 1)]
         border = min(borders, key=self._unfinished_beside)
         done = self._decode(self._ids[:border])
@@ -66,8 +66,10 @@ class TextStream:
         return done
 
     def _unfinished_beside(self, border: int) -> int:
-        """How many U+FFFD the ids before and behind this border decode to."""
-        return (self._decode(self._ids[:border]) + self._decode(self._ids[border:])).count(UNFINISHED)
+        """How many U+FFFD there are in the text of the ids before this border and in that of the ids behind it."""
+        before = self._decode(self._ids[:border])
+        behind = self._decode(self._ids[border:])
+        return before.count(UNFINISHED) + behind.count(UNFINISHED)
 
     def _add(self, text: str) -> None:
         if self.has_stopped or not text:
@@ -90,7 +92,8 @@ class TextStream:
         """How many characters at the end of what is held may be the beginning of a stop string."""
         longest = 0
         for stop in self._stops:
-            for count in range(min(len(stop) - 1, len(self._held)), longest, -1):
+            most = min(len(stop) - 1, len(self._held))
+            for count in range(most, longest, -1):
                 if self._held.endswith(stop[:count]):
                     longest = count
                     break
