@@ -60,19 +60,20 @@ def main() -> None:
     announce([*base.notes, *adapter_notes(settings.adapter), *generation_notes(base, settings.adapter)])
     announce([*(template.notes if template else []), *prompts.notes()])
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
+    whole = settings.sharding == "none"
     with join() as process:
-        if process.world_size > 1 and settings.sharding == "none" and not settings.prompts:
+        if process.world_size > 1 and whole and not settings.prompts:
             raise UserError("torchrun shares the rows of --prompts; start one process, or add --sharding full")
         dtype = compute_dtype(settings.dtype, process.device)
         output = None
         if settings.output:
-            of_answers = identity(settings, base, prompts, (str(dtype), sorted(stops)))
-            with fail_together(settings.output):  # and no rank writes before all have read what is kept
-                output = AnswerFile(settings.output, of_answers, process.rank)
-        whole = settings.sharding == "none"
+            decides = identity(settings, base, prompts, (str(dtype), sorted(stops)))
+            with fail_together(settings.output):  # no rank writes before all have read what is kept
+                output = AnswerFile(settings.output, decides, process.rank)
         model = open_model(base, changes, process, dtype, whole)
-        side_by_side = settings.num_beams * (settings.batch_size if settings.prompts else 1)
-        model = lay_out(model, side_by_side) if whole else model
+        if whole:
+            texts = settings.batch_size if settings.prompts else 1
+            model = lay_out(model, texts * settings.num_beams)
         asked = Asked(settings, base.tokenizer, words, stops, process, model)
         if isinstance(template, Chat) and settings.chat:
             converse(asked, Dialogue(template, base.tokenizer, room))
@@ -83,13 +84,16 @@ def main() -> None:
 
 
 def identity(settings: GenerateSettings, base: Base, prompts: Prompts, others: tuple) -> dict:
-    """All that decides what the answers are, for the file that keeps them. `others`: dtype and ids that end one."""
+    """Everything that decides what the answers are, for the file that keeps them. `others`: dtype and stop ids."""
     flags = [*(entry.name for entry in fields(GenerationSettings)), "stop", "quantize", "adapter"]
-    asked = zlib.crc32(json.dumps([prompt.ids for prompt in prompts.prompts]).encode())
+    ids = json.dumps([prompt.ids for prompt in prompts.prompts])
+    asked = zlib.crc32(ids.encode())
     weights = [base.fingerprint, str(base.checkpoint)]
     if settings.adapter:
-        files = (path for path in sorted(Path(settings.adapter).rglob("*")) if path.is_file())
-        weights += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+        for path in sorted(Path(settings.adapter).rglob("*")):
+            if path.is_file():
+                state = path.stat()
+                weights.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
     of_flags = {f"--{name}": getattr(settings, name) for name in flags}
     return of_flags | {"the prompts": asked, "the model": weights, "dtype and stop ids": others}
 
@@ -97,16 +101,19 @@ def identity(settings: GenerateSettings, base: Base, prompts: Prompts, others: t
 def converse(asked: Asked, dialogue: Dialogue) -> None:
     """Answer what the user types, until the input ends."""
     group = group_that_waits()
-    batch = Batch(asked.model, remember=True)  # a turn reads only what the turns before it have not read
+    batch = Batch(asked.model, remember=True)  # each turn reads only the ids that no turn before it has read
     announce([HELP])
     while True:
         typed = read_message("> ") if asked.process.is_rank_zero else None
         text = gather(typed, group)[0]
-        if text is None or text.strip() in ("/exit", "/quit", "/bye"):
+        if text is None:
             return
-        if text.strip().startswith("/") and text.strip()[1:].isalpha():
-            announce([dialogue.command(text.strip()) or HELP])
-        elif text.strip():
+        command = text.strip()
+        if command in ("/exit", "/quit", "/bye"):
+            return
+        if command.startswith("/") and command[1:].isalpha():
+            announce([dialogue.command(command) or HELP])
+        elif command:
             try:
                 ids, forgotten = dialogue.ask(text)
             except UserError as error:

@@ -10,7 +10,7 @@ from llama.data.tokenizer import Tokenizer
 
 
 class Dialogue:
-    """What the user and the assistant have said. Behind a user's turn comes the assistant's."""
+    """What the user and the assistant have said, in turns: the user's, the assistant's, the user's, ..."""
 
     def __init__(self, chat: Chat, tokenizer: Tokenizer, room: Room):
         self.chat = chat
@@ -31,7 +31,8 @@ class Dialogue:
         forgotten = 0
         while True:
             try:
-                ids, _ = prompt_ids(self._segments(asked), self.tokenizer, self.room)
+                segments = prompt_segments(self.chat.name, self.chat.prepared(asked))
+                ids, _ = prompt_ids(segments, self.tokenizer, self.room)
                 break
             except UserError:
                 if len(asked) == 1:
@@ -42,15 +43,15 @@ class Dialogue:
         return ids, forgotten
 
     def answer(self, text: str) -> None:
-        """Add the assistant's turn. Where it said nothing, what the user said is forgotten, too: no layout has an
-        empty turn."""
+        """Add the assistant's turn. If it is empty, the user's last turn is forgotten, because no layout has an empty
+        turn."""
         if text.strip():
             self.turns.append(Turn("assistant", text))
         else:
             self.turns.pop()
 
     def command(self, name: str) -> str:
-        """Do what a command of the user says. Returns a sentence on it; "" for one that is not known."""
+        """Do what a command of the user says. Returns a sentence on the result, or "" for an unknown command."""
         if name == "/reset":
             self.turns = []
             return "nothing was said yet"
@@ -58,6 +59,3 @@ class Dialogue:
             del self.turns[-2:]
             return f"{len(self.turns)} turns are left"
         return ""
-
-    def _segments(self, turns: list[Turn]):
-        return prompt_segments(self.chat.name, self.chat.prepared(turns))

@@ -1,4 +1,4 @@
-"""Rows of multiple-choice questions: the options that a model is to choose from."""
+"""Rows of multiple-choice questions: the options from which a model chooses."""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ CHOICES = "choices"
 
 
 class Question(NamedTuple):
-    """The segments of a prompt, the segment of each option behind it, each option's own text, and which is right."""
+    """The segments of the prompt, the segment of each option, each option's own text, and the right option's index."""
 
     prompt: list[Segment]
     options: list[Segment]
@@ -24,13 +24,13 @@ class Question(NamedTuple):
 class OptionsTemplate(Template):
     """A template that renders a question with its options.
 
-    Where the template has answer words, they are the options. Else its answer is one field, and a row has beside its
-    other fields a list `choices` of two or more different texts; the answer's field holds the right one, as a text or
-    as its index from 0:
+    If the template has answer words, these are the options. Else its answer is one field, and a row has one more field
+    than the template: a list `choices` of two or more different texts. The answer's field names the right one, by its
+    text or by its index from 0:
 
         {"question": "What is frozen water?", "choices": ["ice", "steam"], "answer": 0}
 
-    As a template, it renders the prompt and the longest option: whether this fits decides whether a row can be used.
+    As a template, it renders the prompt and the longest option: a row can be used if these fit.
     """
 
     def __init__(self, template: Renderer):
@@ -55,23 +55,24 @@ class OptionsTemplate(Template):
 
     def question(self, row: dict, where: str) -> Question:
         """Raises UserError, beginning with `where`, for a row whose fields do not fit."""
-        texts, right = (list(self.field.words), -1) if self.field.words else self._choices(row, where)
         if self.field.words:
+            texts = list(self.field.words)
             _, right = super().render(row, where)
+        else:
+            texts, right = self._choices(row, where)
         prompt: list[Segment] = []
         options = []
         for text in texts:
             segments, _ = super().render(row | {self.field.name: text}, where)
             prompt = [segment for segment in segments if not segment.answer]
-            # Without the end token that training puts behind it, as lm-eval compares them; and never cut.
+            # As in lm-eval, without the end token that training puts behind an answer. An option is never cut.
             (option,) = [segment for segment in segments if segment.answer and not segment.control]
             options.append(Segment(option.text, answer=True))
         return Question(prompt, options, texts, right)
 
     def _choices(self, row: dict, where: str) -> tuple[list[str], int]:
         texts = row.get(CHOICES)
-        is_list = isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts)
-        if not isinstance(texts, list) or not is_list:
+        if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {CHOICES} is {texts!r:.60}, expected a list of two or more texts")
         for i, text in enumerate(texts):
             if not text.strip():
@@ -88,7 +89,7 @@ class OptionsTemplate(Template):
 
 
 def rows_of(paths: Sequence[Path], numbers: Collection[int]) -> Iterator[tuple[int, str, dict]]:
-    """(number, place for messages, row) of the rows with these numbers; the rows of a second file are counted on."""
+    """(number, place for messages, row) of the rows with these numbers, which count through all files."""
     last = 0
     for path in paths:
         before = last

@@ -11,18 +11,18 @@ from llama.boundary.foreign import refuse_foreign_file
 from llama.data.tokenizer import Tokenizer
 
 PIECE = 1 << 17  # characters that are tokenized at once
-# Where no token reaches across: before a word with one space, and behind one line break. (What GPT-2's pattern makes of
-# more spaces depends on what follows them.)
+# Places that no token crosses: before the single space of a word, and behind a single line break. (How GPT-2's pattern
+# splits several spaces depends on what follows them.)
 BORDER = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def pieces(path: Path) -> Iterator[str]:
     """The text of a file in pieces, without a byte order mark; line ends stay as they are.
 
-    A piece ends between two words or lines, so that its tokens are those of the whole text; or anywhere, where a whole
-    piece has no such place.
+    A piece ends between two words or lines, so that its tokens are those of the whole text. If it has no such place, it
+    may end anywhere.
 
-    Raises UserError for what is no text in UTF-8.
+    Raises UserError for a file that is no text in UTF-8.
     """
     refuse_foreign_file(path)
     text = ""
@@ -57,13 +57,13 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _last_border(text: str) -> int:
-    """Where to cut a text: as far behind as possible."""
+    """Where to cut a text: at its last border, or behind its end if it has none."""
     places = [match.start() for match in BORDER.finditer(text)]
     return places[-1] if places else len(text)
 
 
 class TokenPiece(NamedTuple):
-    """A piece of a text: its ids, its size in UTF-8, and how many words it has that spaces separate."""
+    """A piece of a text: its ids, its bytes in UTF-8, and its words, which spaces separate."""
 
     ids: list[int]
     bytes: int
@@ -71,15 +71,17 @@ class TokenPiece(NamedTuple):
 
 
 def token_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPiece]:
-    """The pieces of a file, which together have the ids of the whole text. BOS comes before the first piece, where the
-    tokenizer has it.
+    """The pieces of a file, which together have the ids of the whole text. The first begins with BOS if the tokenizer
+    has one.
 
-    Where a text goes on, some SentencePiece files treat spaces otherwise than at its start. So a later piece is encoded
-    behind a line break, as the start of a text, and the ids of the line break are left out.
+    Some SentencePiece files treat the spaces at the start of a text in another way than later ones. So each later piece
+    is encoded behind a line break, and the ids of the line break are left out.
     """
     before = ""
     for text in pieces(path):
         ids = tokenizer.encode(before + text)
         extra = len(tokenizer.encode(before)) if before else 0
-        yield TokenPiece(ids[extra:], len(text.encode()), len(text.split()))
+        size = len(text.encode())
+        words = len(text.split())
+        yield TokenPiece(ids[extra:], size, words)
         before = "\n"

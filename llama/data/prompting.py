@@ -1,7 +1,7 @@
-"""From rows, turns or a text to prompts: the ids behind which the model answers.
+"""From rows, turns or a text to prompts: the ids that the model continues with its answer.
 
-The ids are those that training has before the answer (C12, C13), because the same functions make them: a template or
-layout renders the segments, `encode_rows` encodes each on its own, and only what the template allows is cut.
+These are the ids that training has before the answer, because the same functions make them: a template or a layout
+renders the segments, `encode_rows` encodes each on its own, and only what the template allows is cut.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ LONGEST = 1 << 60  # tokens: more than any prompt has
 class Room(NamedTuple):
     """How many tokens a prompt may have.
 
-    cut_to:  a longer prompt is cut to this many, where the template allows it.
-    at_most: a prompt that cannot be cut so far is cut to this many, and refused if not even that can be done.
+    cut_to:  a longer prompt is cut to this many, if the template allows it.
+    at_most: a prompt that cannot be cut to `cut_to` is cut to this many. If that is impossible, too, it is refused.
     side:    which end of a text is cut, "left" or "right".
     """
 
@@ -40,8 +40,14 @@ class Room(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A row's number in its file; the ids of its prompt; the prompt as the model reads it, with control tokens by name
-    except the BOS that begins it; the row's own answer, None where it has none; and whether the prompt was cut."""
+    """The prompt of one row.
+
+    row:       the row's number in its file.
+    ids:       the prompt as ids.
+    text:      the prompt as the model reads it: control tokens have their names, and the BOS at the start is left out.
+    reference: the row's own answer, None if it has none.
+    was_cut:   whether the prompt was cut.
+    """
 
     row: int
     ids: list[int]
@@ -52,8 +58,8 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of files, in order, and what is left out: how many rows, what is wrong with the first few of them,
-    and the names of fields that no prompt or answer uses."""
+    """The prompts of files, in order; how many rows are left out, and what is wrong with the first of these; and the
+    names of fields that neither prompts nor answers use."""
 
     prompts: list[Prompt]
     bad_row_count: int
@@ -74,16 +80,18 @@ class Prompts:
 
 
 class AskedTemplate(UnlabelledTemplate):
-    """A template whose segments end before the answer where a row has none."""
+    """A template for rows that may lack their answer. The segments of such a row end before the answer."""
 
     def render(self, row: dict, where: str) -> tuple[list[Segment], int]:
         segments, index = super().render(row, where)
-        return (segments if self.is_answered(row, where) else before_answer(segments)), index
+        if not self.is_answered(row, where):
+            segments = before_answer(segments)
+        return segments, index
 
 
 class AskedChat(Chat):
-    """A chat layout in which only the last turn is an answer, and only if it is the assistant's. Where it is not, the
-    segments end before the answer that the model is to give."""
+    """A chat layout for conversations that may lack their answer. The last turn is the answer if it is the assistant's;
+    else the segments end before the answer."""
 
     def __init__(self, chat: Chat):
         super().__init__(chat.name, chat.inserted, chat.notes)
@@ -119,8 +127,8 @@ def read_prompts(
     category: str | None = None,
     skip_bad_rows: bool = False,
 ) -> Prompts:
-    """The prompt of each row of the files, only of one `category` if one is given. Rows may lack their answer; if they
-    have it, it changes nothing about their prompt but the choice among a template's alternatives.
+    """The prompt of each row of the files, or only of the rows of one `category`. Rows may lack their answer. An answer
+    changes the prompt only if it decides which of a template's alternatives fits the row.
 
     Raises BadRows for rows that cannot be used, unless skip_bad_rows, and UserError if no row can be used.
     """
@@ -151,7 +159,7 @@ def read_prompts(
 def prompt_ids(
     segments: Sequence[Segment], tokenizer: Tokenizer, room: Room, where: str = ""
 ) -> tuple[list[int], bool]:
-    """The ids of a prompt's segments, with BOS where the tokenizer has one, and whether any was cut.
+    """The ids of a prompt's segments, with BOS if the tokenizer has one, and whether anything was cut.
 
     Raises UserError, beginning with `where`, for a prompt that has no ids or too many.
     """
@@ -171,7 +179,7 @@ def prompt_ids(
 
 
 def reference_of(segments: Sequence[Segment]) -> str | None:
-    """The answer of a rendered row, without the spaces around it. None where it has none."""
+    """The answer of a rendered row, without the spaces around it. None if it has no answer."""
     texts = [segment.text for segment in segments if segment.answer and not segment.control]
     return "".join(texts).strip() if texts else None
 
@@ -195,9 +203,9 @@ def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def row_of(template: Renderer, text: str) -> dict:
-    """A row that asks this text: the turn of a user, or the only field that the template's prompt needs.
+    """A row that holds this text: as the turn of a user, or in the only field that the template's prompt needs.
 
-    Fields that may be absent do not count, unless there are no others. Raises UserError where several do, or none.
+    Fields that may be absent do not count, unless there are no others. Raises UserError if not exactly one counts.
     """
     if isinstance(template, Chat):
         return {"messages": [{"role": "user", "content": text}]}
@@ -214,7 +222,7 @@ def row_of(template: Renderer, text: str) -> dict:
 
 
 def one_prompt(template: Renderer | None, text: str, tokenizer: Tokenizer, room: Room) -> Prompt:
-    """The prompt that a text becomes: rendered by a template, or else, for the model to continue it, the text itself.
+    """The prompt that a text becomes: rendered by a template, or without one the text itself.
 
     Raises UserError for a text that cannot be tokenized or does not fit.
     """
@@ -223,22 +231,24 @@ def one_prompt(template: Renderer | None, text: str, tokenizer: Tokenizer, room:
         check_text(text, "the text", where)
         segments = [Segment(text)]
     else:
-        segments = before_answer(asking(template).render(row_of(template, text), where)[0])
+        rendered, _ = asking(template).render(row_of(template, text), where)
+        segments = before_answer(rendered)
     ids, was_cut = prompt_ids(segments, tokenizer, room, f"{where}: ")
     return Prompt(1, ids, spelled(ids, tokenizer), None, was_cut)
 
 
 def answers_of(template: Renderer | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of the answers that a template has a choice of; [] where answers are free text."""
+    """The ids of each answer word of a template; [] if its answers are free text."""
     return tokenizer.encode_batch(list(template.answers), starts_text=False) if template else []
 
 
 def room_of(positions: int, max_length: int | None, answer: int, side: str) -> Room:
-    """The room for prompts behind which an answer of so many tokens has its place among the model's positions.
+    """The room that an answer of so many tokens leaves for its prompt among the model's positions.
 
-    max_length: where prompts can be cut, prompt and answer have so many tokens. It counts only where the answer leaves
-    some of them to the prompt: the answers that training has seen with it were shorter. Raises UserError where the
-    answer takes all positions.
+    max_length: prompts are cut, where they can be, so that prompt and answer together have so many tokens. Ignored
+                if the answer alone has as many: the answers of training with this max_length were shorter.
+
+    Raises UserError if the answer takes all positions.
     """
     if answer >= positions:
         raise UserError(f"--max_new_tokens {answer}: the model has {positions} positions, expected fewer tokens")

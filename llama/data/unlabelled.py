@@ -1,4 +1,4 @@
-"""Rows that have no answer yet, because the model is to give it."""
+"""Rows that have no answer yet, because the model gives it."""
 
 from llama.data.templates import Field, Segment, Span, Template
 
@@ -6,8 +6,8 @@ from llama.data.templates import Field, Segment, Span, Template
 class UnlabelledTemplate(Template):
     """A template for rows in which the answer may be absent or null.
 
-    In the segments of such a row something else stands for it, the first word where there are words, and its index is
-    -1: no label of it may be counted. The tokens before it are those of a row that has its answer.
+    In the segments of such a row a placeholder stands for the answer: the first answer word, if there are such words.
+    Its index is -1, so its labels are not counted. The tokens before it are those of a row that has its answer.
     """
 
     def __init__(self, template: Template):
@@ -16,15 +16,18 @@ class UnlabelledTemplate(Template):
         self.asked: dict[str, Field] = {}  # the fields of prompts
         self.answer_fields: list[Field] = []
         for spans in self.alternatives:
-            for span in spans[:-1]:
+            *of_prompt, of_answer = spans
+            for span in of_prompt:
                 for field in _fields_of(span):
                     self.asked[field.name] = field
-            self.answer_fields += _fields_of(spans[-1])
+            self.answer_fields += _fields_of(of_answer)
         self.answer_fields = [field for field in self.answer_fields if field.name not in self.asked]
         self.placeholders: dict[str, str | list[str]] = {}
         for field in self.answer_fields:
             word = field.words[0] if field.words else "x"
-            self.placeholders[field.name] = word if field.element is None else [word] * (field.element + 1)
+            self.placeholders[field.name] = word
+            if field.element is not None:
+                self.placeholders[field.name] = [word] * (field.element + 1)
 
     def is_answered(self, row: dict, where: str) -> bool:
         """Whether the row has some field of an answer. Raises UserError, beginning with `where`, for a wrong one."""

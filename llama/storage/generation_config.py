@@ -1,4 +1,4 @@
-"""What the files of a model say about generation: the ids that end an answer, and settings that wait for a flag.
+"""What the files of a model say about generation: the ids that end an answer, and settings that only flags can set.
 
 https://huggingface.co/docs/transformers/main_classes/text_generation#transformers.GenerationConfig
 """
@@ -17,8 +17,8 @@ from llama.storage.base import Base
 from llama.storage.companions import GENERATION, learned_prompts, of_adapter
 
 EOS_FILES = ("config.json", GENERATION)
-# transformers looks at the first only if do_sample is true (for us a temperature above 0 says so), at the others only
-# where there are several beams.
+# transformers uses the first four only if do_sample is true (here: a temperature above 0), the last two only if there are
+# several beams.
 OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")
 OF_BEAMS = ("length_penalty", "early_stopping")
 # These change no text, or are read elsewhere.
@@ -29,12 +29,12 @@ HARMLESS = {
 
 
 def stop_ids(base: Base, template: Renderer | None = None, adapter: str | Path | None = None) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end token, every eos_token_id of config.json and
-    generation_config.json, the end of a turn where `template` is a chat layout, what the run of a checkpoint has
-    learned, and what the files in the folder of an `adapter` name as well.
+    """The ids that end an answer: the tokenizer's end token; every eos_token_id of config.json and
+    generation_config.json; the end of a turn, if `template` is a chat layout; the end of a turn that the run of a
+    checkpoint has learned; and those that the files of an `adapter` name.
 
-    Raises UserError for an eos_token_id that is no whole number, nor a list of them, and for an adapter whose answers
-    end in a token that the base does not have.
+    Raises UserError for an eos_token_id that is neither a whole number nor a list of them, and for an adapter whose
+    answers end in a token that the base does not have.
     """
     found = {base.tokenizer.eos_id}
     for folder in (base.folder, adapter):
@@ -53,8 +53,8 @@ def stop_ids(base: Base, template: Renderer | None = None, adapter: str | Path |
 
 
 def generation_notes(base: Base, adapter: str | Path | None = None) -> list[str]:
-    """Sentences on what generation_config.json asks for and only a flag does, or nothing here. An adapter's folder may
-    have such a file of its own, which then counts instead of the base's.
+    """Sentences on what generation_config.json asks for and is not used: settings that have a flag here, and settings
+    that have none. A generation_config.json in the adapter's folder counts instead of the base's.
 
     Raises UserError for a value that the flag of this name would not take.
     """

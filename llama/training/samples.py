@@ -9,6 +9,7 @@ import torch
 from llama.boundary.errors import UserError, printable
 from llama.data.chat import Renderer
 from llama.data.examples import EncodedData
+from llama.data.prompting import answers_of
 from llama.evaluation.score import sample_indices
 from llama.generation.decode import generate
 from llama.generation.request import Request
@@ -27,39 +28,45 @@ SHOWN = 96  # characters of a text on the screen
 
 
 class Samples:
-    """The prompts, and what the model makes of them; none where nothing is held out.
+    """A few held-out prompts, and the model's answers to them. There are none if nothing is held out.
 
     found: for each prompt {"row": its number in its file, "prompt": its text, "expected": the right answer, "before",
-    "after"}; the last two are the model's answers, None where they are not known.
+           "after"}. The last two are the model's answers, None if they are not known.
     """
 
     def __init__(self, test: EncodedData | None, template: Renderer, base: Base, count: int, adapter: str | None):
-        """`count`: how many of the examples, the same ones in every run. `adapter`: whose training goes on."""
+        """`count`: how many examples, the same ones in every run. `adapter`: the one whose training goes on."""
         self.tokenizer = base.tokenizer
         self.found: list[dict] = []
         self.requests: list[Request] = []
         if test is None or not count:
             return
-        words = self.tokenizer.encode_batch(list(template.answers), starts_text=False)
+        words = answers_of(template, self.tokenizer)
         self.cut = "" if words else CUT  # behind answer words training has no end token
         settings = GenerationSettings(max_new_tokens=max(map(len, words), default=LONGEST_ANSWER))
         ends = stop_ids(base, template, adapter)
         for i in sample_indices(len(test), count).tolist():
             ids, is_answer = test[i]
             first = _start_of_answer(is_answer.tolist())
-            self.requests.append(Request(ids[:first].tolist(), settings, ends))
-            expected = self._text(ids[first:].tolist())
-            prompt = self.tokenizer.decode(ids[:first].tolist())
-            known = {"row": int(test.rows[i]), "prompt": prompt, "expected": expected}
-            self.found.append(known | {"before": None, "after": None})
+            prompt = ids[:first].tolist()
+            self.requests.append(Request(prompt, settings, ends))
+            sample = {
+                "row": int(test.rows[i]),
+                "prompt": self.tokenizer.decode(prompt),
+                "expected": self._text(ids[first:].tolist()),
+                "before": None,
+                "after": None,
+            }
+            self.found.append(sample)
 
     def _text(self, ids: Iterable[int]) -> str:
         """The text of an answer. A model may have more ids than its tokenizer; those have no text."""
-        return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size], starts_text=False).strip()
+        known = [id for id in ids if id < self.tokenizer.vocab_size]
+        return self.tokenizer.decode(known, starts_text=False).strip()
 
     def answer(self, model: Llama, process: Process, when: str) -> None:
-        """Ask the model, "before" or "after": it answers greedily, so no random number is drawn. Ranks share the
-        prompts. Collective. Raises UserError, on every rank, where a score is no number."""
+        """Ask the model, when = "before" or "after". It answers greedily, so no random number is drawn. Ranks share the
+        prompts. Collective. Raises UserError on every rank if a score is NaN or infinite."""
         if not self.requests:
             return
         mine = range(process.rank, len(self.requests), process.world_size)
@@ -99,7 +106,7 @@ class Samples:
 
 
 def _start_of_answer(is_answer: list[bool]) -> int:
-    """Where the last answer of an example begins; the first token is always of the prompt."""
+    """Where the last answer of an example begins. The first token always belongs to the prompt."""
     first = max(1, len(is_answer) - 1)
     while first > 1 and not is_answer[first]:  # what follows the last answer, such as a newline after its turn
         first -= 1
@@ -109,8 +116,10 @@ def _start_of_answer(is_answer: list[bool]) -> int:
 
 
 def _shortened(text: str) -> str:
-    """On one line; of a long text its end, because prompts of one template begin alike, and a little of its start."""
+    """A text on one line. Of a long text, its end and a little of its start: prompts of one template begin alike."""
     line = printable(" ".join(text.split()))
     if len(line) <= SHOWN:
         return line
-    return f"{line[: SHOWN // 4].rstrip()} ... {line[-3 * SHOWN // 4 :].lstrip()}"
+    start = line[: SHOWN // 4].rstrip()
+    end = line[-3 * SHOWN // 4 :].lstrip()
+    return f"{start} ... {end}"
