@@ -9,6 +9,7 @@ from llama.boundary.errors import printable
 from llama.data.examples import EncodedData
 
 MOST_BINS = 50
+BAR = 0.4  # the width of a bar
 LIMIT_COLOUR = "#d94801"
 Splits = dict[str, EncodedData]
 
@@ -45,9 +46,12 @@ def bins_of(counts: np.ndarray) -> np.ndarray:
 
     Bins of another width would hold now one whole number more and now one fewer: a comb that the data does not have.
     """
-    lowest, highest = int(counts.min()), int(counts.max())
-    width = -(-(highest - lowest + 1) // MOST_BINS)  # rounded up
-    return np.arange(lowest, highest + width + 1, width) - 0.5
+    lowest = int(counts.min())
+    highest = int(counts.max())
+    values = highest - lowest + 1
+    width = -(-values // MOST_BINS)  # rounded up
+    edges = np.arange(lowest, highest + width + 1, width)
+    return edges - 0.5
 
 
 def _draw_counts(axis, counts: dict[str, np.ndarray], xlabel: str) -> None:
@@ -73,9 +77,11 @@ def _draw_answers(axis, splits: Splits, answers: Sequence[str]) -> None:
     for number, (split, data) in enumerate(splits.items()):
         counts = np.bincount(data.answers, minlength=len(answers))
         shares = counts / len(data)
-        first = 0.4 * (number - 0.5 * (len(splits) - 1))  # bars of width 0.4 side by side
+        middle = (len(splits) - 1) / 2
+        offset = BAR * (number - middle)  # the splits' bars stand side by side
+        places = offset + np.arange(len(answers))
         label = _label(split, len(data))
-        axis.bar(first + np.arange(len(answers)), shares, 0.4, label=label)
+        axis.bar(places, shares, BAR, label=label)
     words = [_plain(answer.strip()) for answer in answers]
     axis.set_xticks(range(len(answers)), words)
     axis.set_xlabel("answer")

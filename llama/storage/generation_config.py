@@ -17,7 +17,7 @@ from llama.storage.base import Base
 from llama.storage.companions import GENERATION, learned_prompts, of_adapter
 
 EOS_FILES = ("config.json", GENERATION)
-# transformers uses the first four only if do_sample is true (here: a temperature above 0), the last two only if there are
+# transformers uses the first four only if do_sample is true (here: a temperature above 0), and the last two only with
 # several beams.
 OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")
 OF_BEAMS = ("length_penalty", "early_stopping")

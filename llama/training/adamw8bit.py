@@ -27,11 +27,15 @@ def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The 256 values, ascending: 0, 1, and for e = 0..6 the midpoints of 2^(6 - e) equal parts of 0.1..1 times 10^-e,
     positive and negative. Unsigned: only positive, of twice as many parts."""
     values = [0.0, 1.0]
+    bits = 6 if signed else 7
     for e in range(7):
-        parts = 2 ** (6 - e) if signed else 2 ** (7 - e)
+        parts = 2 ** (bits - e)
         edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float64)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0**-e
-        values += middles.tolist() + ((-middles).tolist() if signed else [])
+        middles = (edges[:-1] + edges[1:]) / 2
+        scaled = middles * 10.0**-e
+        values += scaled.tolist()
+        if signed:
+            values += (-scaled).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
@@ -44,8 +48,11 @@ def _nearest_code(signed: bool, device: torch.device | str) -> Tensor:
     code = dynamic_code(signed)
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     numbers = bits.view(torch.float16).float().nan_to_num(0.0)
-    nearest = torch.bucketize(numbers, (code[1:] + code[:-1]) / 2)
-    return (nearest if signed else nearest.clamp(min=1)).to(torch.uint8).to(device)
+    borders = (code[1:] + code[:-1]) / 2
+    nearest = torch.bucketize(numbers, borders)
+    if not signed:
+        nearest = nearest.clamp(min=1)
+    return nearest.to(torch.uint8).to(device)
 
 
 class Moment:
@@ -55,29 +62,42 @@ class Moment:
     def __init__(self, parameter: Tensor, signed: bool):
         self.code = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
         blocks = -(-parameter.shape[1] // NUMBERS_PER_SCALE)
-        absmax = torch.zeros(len(_local(parameter)), blocks, device=_local(parameter).device)
+        local = _local(parameter)
+        absmax = torch.zeros(len(local), blocks, device=local.device)
         if isinstance(parameter, DTensor):
-            shape = (parameter.shape[0], blocks)
-            absmax = DTensor.from_local(absmax, parameter.device_mesh, parameter.placements, run_check=False,
-                                        shape=torch.Size(shape), stride=(blocks, 1))
+            absmax = DTensor.from_local(
+                absmax,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=torch.Size((parameter.shape[0], blocks)),
+                stride=(blocks, 1),
+            )
         self.absmax = absmax
         self.signed = signed
 
     def read(self, rows: slice) -> Tensor:
         """fp32 values of some of this rank's rows."""
-        code, absmax = _local(self.code)[rows], _local(self.absmax)[rows]
+        code = _local(self.code)[rows]
+        absmax = _local(self.absmax)[rows]
         table = dynamic_code(self.signed, code.device)
-        values = table.index_select(0, code.flatten().int()).view(code.shape)
-        return (_in_blocks(values) * absmax[..., None]).flatten(1)[:, : code.shape[1]]
+        values = table.index_select(0, code.flatten().int())
+        blocks = _in_blocks(values.view(code.shape))
+        scaled = blocks * absmax[..., None]
+        return scaled.flatten(1)[:, : code.shape[1]]
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Round to the nearest codes."""
         blocks = _in_blocks(values)
         absmax = blocks.abs().amax(-1)
-        normalised = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-        bits = normalised.half().view(torch.int16).flatten().int() & 0xFFFF
+        smallest = torch.finfo(torch.float32).tiny
+        divisor = absmax.clamp(min=smallest)
+        normalised = blocks / divisor[..., None]
+        bits = normalised.half().view(torch.int16)
+        index = bits.flatten().int() & 0xFFFF
         table = _nearest_code(self.signed, values.device)
-        code = table.index_select(0, bits).view(len(absmax), -1)
+        code = table.index_select(0, index)
+        code = code.view(len(absmax), -1)
         _local(self.code)[rows] = code[:, : values.shape[1]]
         _local(self.absmax)[rows] = absmax
 
@@ -105,7 +125,10 @@ class AdamW8bit(torch.optim.Optimizer):
         if not state:
             small = parameter.ndim != 2 or parameter.numel() < SMALL
             for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                state[name] = torch.zeros_like(parameter, requires_grad=False) if small else Moment(parameter, signed)
+                if small:
+                    state[name] = torch.zeros_like(parameter, requires_grad=False)
+                else:
+                    state[name] = Moment(parameter, signed)
             state["step"] = torch.tensor(0.0)
         tensors = {}
         for name in ("exp_avg", "exp_avg_sq"):
@@ -129,6 +152,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         step = float(state["step"])
         beta1, beta2 = group["betas"]
+        lr = group["lr"]
         weight = _local(parameter)
         gradient = _local(gradient)
         numbers_per_row = max(1, math.prod(weight.shape[1:]))
@@ -140,10 +164,12 @@ class AdamW8bit(torch.optim.Optimizer):
             mean = _read(state["exp_avg"], rows)
             square = _read(state["exp_avg_sq"], rows)
             mean.lerp_(g, 1 - beta1)
-            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-            w.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+            square.mul_(beta2)
+            square.addcmul_(g, g, value=1 - beta2)
+            w.mul_(1 - lr * group["weight_decay"])
+            unbiased = square / (1 - beta2**step)
+            denominator = unbiased.sqrt_().add_(group["eps"])
+            w.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
             for name, values in (("exp_avg", mean), ("exp_avg_sq", square)):
                 if isinstance(state[name], Moment):
                     state[name].write(rows, values)
@@ -161,4 +187,5 @@ def _local(tensor: Tensor) -> Tensor:
 def _in_blocks(values: Tensor) -> Tensor:
     """(rows, columns) -> (rows, blocks, 256), the last block of a row filled up with zeros."""
     missing = -values.shape[1] % NUMBERS_PER_SCALE
-    return F.pad(values, (0, missing)).unflatten(1, (-1, NUMBERS_PER_SCALE))
+    padded = F.pad(values, (0, missing))
+    return padded.unflatten(1, (-1, NUMBERS_PER_SCALE))

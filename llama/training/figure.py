@@ -47,12 +47,15 @@ class Curve:
             values = self.held_out(metric)[1]
             if values:
                 return f"{self.name}: held-out {metric} {_from_to(values, form)}"
-        return f"{self.name}: training loss {_from_to([line['loss'] for line in self.train], '{:.4g}')}"
+        losses = [line["loss"] for line in self.train]
+        return f"{self.name}: training loss {_from_to(losses, '{:.4g}')}"
 
 
 def _from_to(values: list[float], form: str) -> str:
     """The first value and the last, or the only one."""
-    return " → ".join(form.format(value) for value in [values[0], *values[1:][-1:]]).replace("%", " %")
+    ends = [values[0], *values[1:][-1:]]
+    texts = [form.format(value) for value in ends]
+    return " → ".join(texts).replace("%", " %")
 
 
 def figure_of(curves: list[Curve]):
@@ -95,7 +98,8 @@ def _draw_loss(panel, curves: list[Curve]) -> None:
     for curve, colour in _coloured(curves, HELD_OUT):
         _draw_points(panel, *curve.held_out("loss"), colour, "held-out loss" if single else None)
     panel.set_ylabel("loss (nats per label)")
-    _scale(panel, [line["loss"] for curve in curves for line in curve.train])
+    losses = [line["loss"] for curve in curves for line in curve.train]
+    _scale(panel, losses)
     for answers, loss in {(curve.answers, curve.chance_loss()) for curve in curves}:
         if loss:
             per_label = loss / math.log(answers)
@@ -130,9 +134,11 @@ def _draw_training_loss(panel, curve: Curve, colour: str, name: str, single: boo
 def _draw_accuracy(panel, curves: list[Curve]) -> None:
     for curve, colour in _coloured(curves, ACCURACY):
         steps, accuracy = curve.held_out("accuracy")
-        _draw_points(panel, steps, [100 * part for part in accuracy], colour)
+        percent = [100 * part for part in accuracy]
+        _draw_points(panel, steps, percent, colour)
     for answers in {curve.answers for curve in curves if curve.answers}:
-        _draw_chance(panel, 100 / answers, f"chance: {100 / answers:.3g} %")
+        chance = 100 / answers
+        _draw_chance(panel, chance, f"chance: {chance:.3g} %")
     panel.set_ylabel("held-out\naccuracy (%)")
     panel.set_ylim(-3, 103)
 
@@ -148,13 +154,17 @@ def _draw_rate_and_norm(panel, curves: list[Curve]) -> None:
     panel.yaxis.set_major_formatter(lambda value, _: _decimal(value))
     panel.set_ylim(bottom=0)
     right.set_ylabel("gradient norm\n(thin)", color=NORM)
-    _scale(right, [line["grad_norm"] for curve in curves for line in curve.train if "grad_norm" in line])
+    lines = [line for curve in curves for line in curve.train]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    _scale(right, norms)
 
 
 def _draw_line(axis, curve: Curve, name: str, **style) -> None:
     lines = [line for line in curve.train if name in line]
     marker = "." if len(lines) < FEWEST_TO_SMOOTH else ""
-    axis.plot([line["step"] for line in lines], [line[name] for line in lines], marker=marker, **style)
+    steps = [line["step"] for line in lines]
+    values = [line[name] for line in lines]
+    axis.plot(steps, values, marker=marker, **style)
 
 
 def _draw_points(panel, steps: list[int], values: list[float], colour: str, label: str | None = None) -> None:
@@ -229,4 +239,6 @@ def smoothed(losses: list[float]) -> tuple[int, list[float]]:
     smallest = min((loss for loss in losses if loss > 0), default=1.0)
     width = 2 * reach + 1
     logs = np.log(np.maximum(losses, smallest))
-    return reach, np.exp(np.convolve(logs, np.full(width, 1 / width), "valid")).tolist()
+    weights = np.full(width, 1 / width)
+    means = np.convolve(logs, weights, "valid")
+    return reach, np.exp(means).tolist()

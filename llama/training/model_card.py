@@ -74,12 +74,17 @@ def companions_of_run(run: dict, identity: dict, base: Base, held_out: dict[str,
     is_adapter = identity["lora"] is not None
     name = _name(base.name) if base.folder else "a small Llama from random weights"
     data = "the bundled sample of made-up reviews" if identity["bundled_sample"] else _name(identity["data"])
-    loading = _loading(run["prompt"], base.name if is_adapter else None), _commands(run["prompt"], identity)
-    sections = {LOADING: _loading_section(*loading), **_sections(run, identity, held_out)}
-    title = f"{'A LoRA adapter for ' if is_adapter else ''}{name}, trained on {data}"
+    prompt = run["prompt"]
+    code = _loading(prompt, base.name if is_adapter else None)
+    commands = _commands(prompt, identity)
+    sections = {LOADING: _loading_section(code, commands)}
+    sections |= _sections(run, identity, held_out)
+    kind = "A LoRA adapter for " if is_adapter else ""
+    title = f"{kind}{name}, trained on {data}"
     card = _card(base, is_adapter, title, sections, _hub_name(identity))
-    learned = run["prompt"]["chat_template"], run["prompt"]["end_of_turn"]
-    return Companions.of(base.tokenizer, base.config_json, *learned, card)
+    chat_template = prompt["chat_template"]
+    end_of_turn = prompt["end_of_turn"]
+    return Companions.of(base.tokenizer, base.config_json, chat_template, end_of_turn, card)
 
 
 def companions_of_checkpoint(run: Path, base: Base, manifest: Manifest) -> Companions:
@@ -99,13 +104,18 @@ def companions_of_merge(base: Base, adapter: Path) -> Companions:
     saved = checkpoint_at(adapter)
     about = _about(saved.parents[1]) if saved else {}
     if saved and "prompt" in about:
-        run, manifest = saved.parents[1], read_manifest(saved)
+        run = saved.parents[1]
+        manifest = read_manifest(saved)
         with as_user_error(run / RUN, "what a run writes"):
             sections |= _sections(about, manifest.identity, _held_out(run, manifest))
     elif (adapter / CARD).is_file():
-        parts = re.split(rf"^## ({LOADING}|{PROMPTS}|{TRAINING})$", read_text(adapter / CARD), flags=re.MULTILINE)
-        found = dict(zip(parts[1::2], parts[2::2], strict=True))
-        sections |= {title: found[title].strip() for title in (PROMPTS, TRAINING) if title in found}
+        heading = rf"^## ({LOADING}|{PROMPTS}|{TRAINING})$"
+        text = read_text(adapter / CARD)
+        _, *parts = re.split(heading, text, flags=re.MULTILINE)
+        found = dict(zip(parts[::2], parts[1::2], strict=True))
+        for title in (PROMPTS, TRAINING):
+            if title in found:
+                sections[title] = found[title].strip()
     card = _card(base, False, f"{_name(base.name)} with a LoRA adapter folded in", sections)
     return of_adapter(adapter, base.tokenizer, base.config_json, card)
 
@@ -124,11 +134,18 @@ def prompt_of(template: Renderer, tokenizer: Tokenizer) -> dict:
         pieces = [piece for span in template.alternatives[0] if not span.answer for piece in span.pieces]
         texts = [piece if isinstance(piece, str) else f"{{{piece.name}}}" for piece in pieces]
         names = dict.fromkeys(piece.name for piece in pieces if not isinstance(piece, str))
-        about |= {"chat_template": None, "end_of_turn": tokenizer.eos_id, "fields": list(names)}
-        return about | {"example": template.source, "prompt": "".join(texts)}
+        about["chat_template"] = None
+        about["end_of_turn"] = tokenizer.eos_id
+        about["fields"] = list(names)
+        about["example"] = template.source
+        about["prompt"] = "".join(texts)
+        return about
     segments, _ = template.render({"messages": SAMPLE_CHAT}, "the model card")
-    about |= {"chat_template": template.chat_template(tokenizer), "end_of_turn": template.end_of_turn(tokenizer)}
-    return about | {"example": spelled_out(segments, tokenizer), "prompt": None}
+    about["chat_template"] = template.chat_template(tokenizer)
+    about["end_of_turn"] = template.end_of_turn(tokenizer)
+    about["example"] = spelled_out(segments, tokenizer)
+    about["prompt"] = None
+    return about
 
 
 def _card(base: Base, is_adapter: bool, title: str, sections: dict[str, str], dataset: str | None = None) -> str:
@@ -163,8 +180,13 @@ def _loading(prompt: dict, base_of_adapter: str | None) -> str:
     if prompt["prompt"] is None:
         parts += [CHAT, WRITE]
     else:
-        parts.append(TEXT.format(prompt=json.dumps(prompt["prompt"], ensure_ascii=False)))
-        parts.append(CHOOSE.format(answers=json.dumps(prompt["answers"])) if prompt["answers"] else WRITE)
+        text = json.dumps(prompt["prompt"], ensure_ascii=False)
+        parts.append(TEXT.format(prompt=text))
+        if prompt["answers"]:
+            answers = json.dumps(prompt["answers"])
+            parts.append(CHOOSE.format(answers=answers))
+        else:
+            parts.append(WRITE)
     return "".join(parts)
 
 
@@ -183,7 +205,8 @@ def _commands(prompt: dict, identity: dict) -> str:
         return f"python generate.py {model} --chat"
     name = identity["template"]
     template = f"--template {name if name in TEMPLATES else 'template.txt'}"
-    row = json.dumps(dict.fromkeys(prompt.get("fields", []), "..."), ensure_ascii=False)
+    example = dict.fromkeys(prompt.get("fields", []), "...")
+    row = json.dumps(example, ensure_ascii=False)
     lines = [f"echo {shlex.quote(row)} > rows.jsonl"]
     if name not in TEMPLATES:
         lines.insert(0, "# template.txt holds the text under Prompts")
