@@ -74,7 +74,7 @@ class Asked:
             with output or nullcontext():
                 rows.answer()
         except KeyboardInterrupt:
-            if output:
+            if output and output.own.exists():
                 announce([f"{output.own}: keeps the answers so far; the same command goes on with the others"])
             raise
         seconds = time.perf_counter() - began

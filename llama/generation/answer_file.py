@@ -9,12 +9,14 @@ So an interruption loses no complete answer, and the same command then computes 
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from llama.boundary.durable import locked, replace_durably
 from llama.boundary.errors import UserError, as_user_error
 
 SUFFIX = ".unfinished-"
+KEPT = "what an interrupted run has left; delete it"
 
 
 class AnswerFile:
@@ -46,6 +48,8 @@ class AnswerFile:
         self._lock = locked(self.own, wait=False, create=True)
         self._lock.__enter__()
         whole, _, _ = self.own.read_bytes().rpartition(b"\n")  # an unfinished last line is dropped
+        if b"\n" not in whole:  # no answer is kept, only what was asked then
+            whole = b""
         self._file = open(self.own, "r+b")
         self._file.truncate(len(whole) + 1 if whole else 0)
         self._file.seek(0, os.SEEK_END)
@@ -54,7 +58,10 @@ class AnswerFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what has no room was reported when it was added
+            self._file.close()
+        if self.own.read_bytes().count(b"\n") < 2:  # no answer to keep
+            self.own.unlink()
         self._lock.__exit__(None, None, None)
 
     def add(self, number: int, answer: dict) -> None:
@@ -70,25 +77,31 @@ class AnswerFile:
                 file.unlink(missing_ok=True)
 
     def _append(self, value: object) -> None:
-        self._file.write(json_line(value).encode() + b"\n")
-        self._file.flush()
+        with as_user_error(self.own, "room for more answers; the same command goes on with those that are missing"):
+            self._file.write(json_line(value).encode() + b"\n")
+            self._file.flush()
 
     def _unfinished(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{_literal(self.path.name)}{SUFFIX}*"))
 
     def _read(self, file: Path) -> dict[int, dict]:
         """What a rank has answered: {number of a prompt: its answer}."""
+        if not file.is_file():
+            raise UserError(f"{file}: is no file, expected {KEPT}")
         *lines, _ = file.read_bytes().split(b"\n")  # behind the last line end there is nothing, or half a line
-        with as_user_error(file, "what an interrupted run has left; delete it"):
-            found = [json.loads(line) for line in lines]
-        if not found:
-            return {}
-        differing = [name for name in self.asked if found[0].get(name) != self.asked[name]]
-        if differing:
+        answers = {}
+        with as_user_error(file, KEPT):
+            asked, *kept = [json.loads(line) for line in lines] or [{}]
+            for line, (number, answer) in enumerate(kept, 2):
+                if type(number) is not int or not isinstance(answer, dict):
+                    raise ValueError(f"line {line} is no answer")
+                answers[number] = answer
+            differing = [name for name in self.asked if asked.get(name) != self.asked[name]]
+        if answers and differing:
             names = ", ".join(differing[:3])
             way_out = "repeat that command, delete this file, or name another one"
             raise UserError(f"{file}: keeps answers of a command that differs from this one in {names}; {way_out}")
-        return dict(found[1:])
+        return answers
 
 
 def _literal(name: str) -> str:

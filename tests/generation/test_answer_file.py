@@ -1,6 +1,7 @@
 """A file of answers is there whole or not at all, and an interruption loses none of them."""
 
 import json
+import resource
 
 import pytest
 
@@ -52,6 +53,46 @@ def test_answers_of_another_command_are_never_mixed_in(tmp_path):
         f"{path}.unfinished-0: keeps answers of a command that differs from this one in "
     )
     assert "in --seed, the prompts; repeat that command, delete this file, or name another one" in str(error.value)
+
+
+def test_where_nothing_was_answered_nothing_is_left_and_another_command_may_begin(tmp_path):
+    path = str(tmp_path / "answers.jsonl")
+    with AnswerFile(path, ASKED, 0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "answers.jsonl.unfinished-0").write_text(json_line(ASKED) + "\n")  # as a kill leaves it
+    other = ASKED | {"--seed": 1}
+    with AnswerFile(path, other, 0) as file:
+        assert file.kept == {}
+        file.add(0, answer(0))
+    assert AnswerFile(path, other, 0).kept == {0: answer(0)}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [b"\xff\0\n", b"[]\n[0, {}]\n", b"5\n", b"{}\n5\n", b"{}\n[0, 5]\n", b'{}\n["0", {}]\n', b"{}\n[0, {}, 3]\n"],
+)
+def test_what_no_interrupted_run_has_left_is_refused_and_not_touched(tmp_path, kept):
+    file = tmp_path / "answers.jsonl.unfinished-1"
+    file.write_bytes(kept)
+    with pytest.raises(UserError, match="expected what an interrupted run has left; delete it") as error:
+        AnswerFile(str(tmp_path / "answers.jsonl"), ASKED, 0)
+    assert str(error.value).startswith(f"{file}: ") and file.read_bytes() == kept
+
+
+def test_a_full_disk_is_named_and_what_was_answered_is_kept(tmp_path):
+    """The limit on the size of a file stands for a disk that is full."""
+    path = str(tmp_path / "answers.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with AnswerFile(path, ASKED, 0) as file:
+            file.add(0, answer(0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.own.stat().st_size + 20, before[1]))
+            with pytest.raises(UserError, match="unfinished-0: File too large, expected room for more answers; the"):
+                file.add(1, answer(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert AnswerFile(path, ASKED, 0).kept == {0: answer(0)}
 
 
 def test_a_place_where_no_file_can_be_written_is_refused_before_anything_is_answered(tmp_path):
