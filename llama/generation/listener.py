@@ -31,8 +31,8 @@ class Listener:
         return self.stream(id) or self.ids in self.whole_answers
 
     def reason(self, reason: str) -> str:
-        """Why the answer has ended: the reason of its `Answer`, or "word" if it is one of the whole answers."""
-        return "word" if self.ids in self.whole_answers else reason
+        """Why the answer has ended: the reason of its `Answer`, or "word" if it is one of the whole answers, uncut."""
+        return "word" if self.ids in self.whole_answers and not self.stream.has_stopped else reason
 
     def speed(self, prompt: int, reason: str) -> str:
         """A sentence on the speed of an answer that has just ended. `prompt`: the tokens of its prompt."""
