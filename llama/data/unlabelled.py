@@ -1,6 +1,15 @@
 """Rows that have no answer yet, because the model gives it."""
 
+from llama.boundary.errors import UserError
 from llama.data.templates import Field, Segment, Span, Template
+
+
+class Filled(dict):
+    """A row with something in place of its answer. `own`: the row as its file has it, which errors are about."""
+
+    def __init__(self, own: dict, placeholders: dict):
+        super().__init__(own | placeholders)
+        self.own = own
 
 
 class UnlabelledTemplate(Template):
@@ -36,8 +45,11 @@ class UnlabelledTemplate(Template):
     def render(self, row: dict, where: str) -> tuple[list[Segment], int]:
         if self.is_answered(row, where):
             return super().render(row, where)
-        segments, _ = super().render(row | self.placeholders, where)
+        segments, _ = super().render(Filled(row, self.placeholders), where)
         return segments, -1
+
+    def _misfit(self, row: dict, where: str, empty: Field | None = None) -> UserError:
+        return super()._misfit(row.own if isinstance(row, Filled) else row, where, empty)
 
 
 def _fields_of(span: Span) -> list[Field]:
