@@ -189,17 +189,24 @@ def test_prompts_of_a_template_end_with_its_words_and_are_cut_as_in_training(exp
     for line in lines:
         ids = TOKENIZER.encode(line["prompt"].partition("#### Movie review:\n<review>")[0])
         assert ids[0] == TOKENIZER.bos_id and line["tokens"] <= longest and line["prompt"].endswith("#### Answer:")
-    status, out, err = command("--model", exported, "--template", "imdb", "--prompt", "Dull.", "--dtype", "float32")
+    asked = ("--template", "imdb", "--prompt", "Dull.", "--dtype", "float32")
+    status, out, err = command("--model", exported, *asked)
     assert status == 0 and f"answer: {longest} tokens" in err
+    assert len(out.strip()) > 1
+    status, out, err = command("--model", exported, *asked, "--stop", out.strip()[-1])
+    assert status == 0 and "(ended by: stop_string)" in err  # though its ids are those of a word
 
 
 HOSTILE = {
-    "neither": ((), "--prompt None: expected one of --prompt, --prompts and --chat"),
+    "neither": ((), "--prompt: expected one of --prompt, --prompts and --chat"),
     "both": (("--prompt", "x", "--chat"), "--prompt x: expected one of --prompt, --prompts and --chat"),
     "misspelt": (("--promt", "x"), "unrecognized arguments: --promt x. Did you mean --prompt?"),
     "an empty stop string": (("--prompt", "x", "--stop", ""), "expected texts that are not empty"),
     "a lone surrogate": (("--prompt", "a\udcff"), "--prompt: character 1 of the text is a lone surrogate, not Unicode"),
-    "no such file": (("--prompts", "nowhere.jsonl"), "--prompts nowhere.jsonl: no such file"),
+    "no such file": (("--prompts", "nowhere.jsonl"), "--prompts nowhere.jsonl: no such file, expected .parquet"),
+    "a folder of prompts": (("--prompts", ROOT), "is no file, expected .parquet"),
+    "rows on stdin": (("--prompts", "-"), "--prompts -: no such file, "),
+    "no model": (("--model", "", "--prompt", "x"), "--model : expected a folder or a hub id"),
     "no kind of file": (("--prompts", ROOT / "README.md"), "README.md: expected a name ending in .parquet, .jsonl"),
     "output that exists": (("--prompts", "QUESTIONS", "--output", "/dev/full"), "/dev/full: exists already"),
     "output into nowhere": (("--prompts", "QUESTIONS", "--output", "/proc/x/y"), "/proc/x/y: No such file"),
@@ -243,6 +250,9 @@ def test_rows_that_no_prompt_can_be_made_of_are_named_and_with_a_flag_left_out(e
     status, out, err = command("--model", exported, "--prompts", path, "--skip_bad_rows", *FLAGS)
     assert status == 0 and [json.loads(line)["row"] for line in out.splitlines()] == [1]
     assert "2 bad rows were left out, the first: " in err
+    path.write_text('{"foo": "a", "completion": null}\n')
+    status, out, err = command("--model", exported, "--prompts", path, "--template", "prompt_completion")
+    assert status == 2 and "found fields {'foo': str, 'completion': NoneType}, expected {prompt: str" in err
     path.write_text('{"instruction": "a"}\n')
     status, out, err = command("--model", exported, "--prompts", path, *FLAGS)
     assert status == 2 and "fit alpaca and dolly; name one with --template" in err and len(err.splitlines()) == 1

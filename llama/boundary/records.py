@@ -97,9 +97,14 @@ class Settings:
         found = [(entry.name, expected_instead(entry, getattr(self, entry.name))) for entry in fields(self)]
         out_of_range = {name for name, expected in found if expected}
         found += [(name, expected) for name, expected, is_so in self.checks() if not is_so and name not in out_of_range]
-        wrong = [f"--{name} {getattr(self, name)!s:.200}: expected {expected}" for name, expected in found if expected]
+        wrong = [f"{self._given(name)}: expected {expected}" for name, expected in found if expected]
         if wrong:
             raise UserError(f"{Path(sys.argv[0]).name}: {'; '.join(wrong)}")
+
+    def _given(self, name: str) -> str:
+        """A flag and its value, as they would be typed; the flag alone where it has none."""
+        value = getattr(self, name)
+        return f"--{name}" if value is None else f"--{name} {value!s:.200}"
 
 
 def read_record(kind: type, values: dict, where: str | Path) -> Any:

@@ -7,6 +7,7 @@ from llama.boundary.terminal import read_all
 from llama.data.chat import Chat, Renderer
 from llama.data.formats import find_template
 from llama.data.prompting import Prompts, Room, one_prompt, read_prompts
+from llama.data.rows import KINDS
 from llama.data.sources import Source
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.settings import GenerateSettings
@@ -23,7 +24,9 @@ def template_of(settings: GenerateSettings, tokenizer: Tokenizer) -> Renderer | 
     if settings.prompts:
         files["rows"] = (Path(settings.prompts),)
         if not Path(settings.prompts).is_file():
-            raise UserError(f"--prompts {settings.prompts}: no such file")
+            found = "is no file" if Path(settings.prompts).exists() else "no such file"
+            way_out = "; --prompt - takes one text from stdin" if settings.prompts == "-" else ""
+            raise UserError(f"--prompts {settings.prompts}: {found}, expected {KINDS}{way_out}")
     template = find_template(name, Source("", files), tokenizer, settings.system, asks=True)
     if settings.chat and not isinstance(template, Chat):
         raise UserError(f"--template {name}: expected chat, or one of its layouts, with --chat")

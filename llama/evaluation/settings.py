@@ -34,7 +34,11 @@ class ModelSettings(Settings):
     )
 
     def checks(self):
-        return [*super().checks(), ("adapter", "a folder", self.adapter != "")]
+        return [
+            *super().checks(),
+            ("model", "a folder or a hub id", self.model != ""),
+            ("adapter", "a folder", self.adapter != ""),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def _left_in_checkpoint(given: str, saved: Path) -> Left:
 
 def _settings_of(run: Path) -> dict:
     with as_user_error(run / RUN, "what a run writes"):
-        return dict(read_json(run, RUN).get("settings", {}))
+        return {**read_json(run, RUN).get("settings", {})}
 
 
 def _with_path(settings: OfScript, flag: str, left: Left, remark: str = "") -> OfScript:

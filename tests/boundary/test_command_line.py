@@ -141,7 +141,7 @@ def test_a_flag_may_be_given_several_times_where_it_holds_several_texts(monkeypa
 
 
 @pytest.mark.parametrize("given, problem", [
-    ({}, "--prompt None: expected one of --prompt, --prompts and --chat"),
+    ({}, "--prompt: expected one of --prompt, --prompts and --chat"),
     ({"prompt": "x", "chat": True}, "--prompt x: expected one of --prompt, --prompts and --chat"),
     ({"prompts": "x", "chat": True}, "--prompts x: expected one of --prompt, --prompts and --chat"),
     ({"prompts": ""}, "--prompts : expected the name of a file"),
