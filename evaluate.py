@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 4 evaluate.py --model DIR --data imdb --data_dir DIR --limit 1000 --output result.json
     python evaluate.py --model DIR --data dolly:open_qa --metric rouge --max_new_tokens 128
     python evaluate.py --model DIR --data wiki.txt --metric perplexity --max_length 1024 --stride 512
+    python evaluate.py --model DIR --harness hellaswag,gsm8k
 
 Every example is scored exactly once. The number of ranks and the batch size do not change the result, which says with
 each number how sure it is: its 95 % interval.
@@ -50,8 +51,11 @@ from lora import Changes, open_model
 
 def main() -> None:
     settings = from_runs(parse(EvaluationSettings, description=__doc__))
-    base = Base.pretrained(settings.model, settings.max_length, settings.control_tokens)
-    metric, about = of_text(settings, base) if settings.is_text else of_rows(settings, base)
+    base = Base.pretrained(settings.model, 0 if settings.harness else settings.max_length, settings.control_tokens)
+    if settings.harness:
+        metric, about = of_tasks(settings, base)
+    else:
+        metric, about = of_text(settings, base) if settings.is_text else of_rows(settings, base)
     adapter = read_adapter(settings.adapter) if settings.adapter else None
     announce([*base.notes, *adapter_notes(settings.adapter)])
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
@@ -77,6 +81,18 @@ def main() -> None:
             write("predictions", settings.predictions, "".join(lines))
         announce([*outcome.notes, outcome.headline()])
         print(json.dumps(result, indent=2))  # last: nobody may be there to read it
+
+
+def of_tasks(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
+    """The tasks of lm-eval, and what they are of, for the result."""
+    try:
+        from llama.evaluation.harness import Tasks  # here: lm-eval is optional, and loads half of Hugging Face
+    except ImportError as error:
+        expected = "expected lm-eval to be installed: pip install lm-eval"
+        raise UserError(f"--harness {settings.harness}: {error}, {expected}") from None
+    stops = stop_ids(base, adapter=settings.adapter)
+    about = {name: getattr(settings, name) for name in ("model", "adapter", "quantize", "limit")}
+    return Tasks(settings, base.tokenizer, stops, base.config_json.get("bos_token_id")), about
 
 
 def of_text(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:

@@ -11,6 +11,7 @@ from llama.generation.settings import GenerationSettings
 
 GENERATING = ("rouge", "exact_match")  # metrics of what the model writes
 METRICS = ("accuracy", "loss", "perplexity", "multiple_choice", *GENERATING)
+OF_TASKS = ("control_tokens", "seed")  # and what lm-eval's tasks do not say
 OF_TEXTS = ("data", "max_length", "control_tokens")  # the settings of data that mean something for a text file
 
 
@@ -68,6 +69,12 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
         "nothing is said",
         at_least=1,
     )
+    harness: str | None = setting(
+        None,
+        "score on tasks of EleutherAI's lm-eval instead of --data, as in hellaswag,gsm8k; they say what is asked, and "
+        "how it is answered",
+    )
+    harness_path: str | None = setting(None, "also know the lm-eval tasks in this folder")
     batch_size: int = setting(16, "examples per rank and forward", at_least=1)
     output: str | None = setting(None, "write the metrics to this JSON file")
     predictions: str | None = setting(
@@ -76,6 +83,10 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
         "accuracy its row, prompt, most probable answer word and its probability among the answer words; then rows may "
         "lack their label",
     )
+
+    @property
+    def tasks(self) -> list[str]:
+        return [] if self.harness is None else self.harness.split(",")
 
     @property
     def is_text(self) -> bool:
@@ -87,7 +98,11 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
 
     def checks(self):
         asked = self.predictions
-        generates = self.metric in GENERATING
+        has_tasks = self.harness is not None
+        generates = self.metric in GENERATING or has_tasks
+        of_rows = differing(self, DataSettings) | differing(self, GenerationSettings)
+        for name in ("metric", "stride", "predictions"):
+            of_rows[name] = getattr(self, name) is not None
         names_text = self.data.endswith(".txt")
         return [
             *super().checks(),
@@ -102,6 +117,11 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
               for name, differs in differing(self, GenerationSettings).items()),
             *((name, "rows with it, and no text file", not (self.is_text and differs))
               for name, differs in differing(self, DataSettings).items() if name not in OF_TEXTS),
+            ("harness", "names of tasks", "" not in self.tasks),
+            ("harness_path", "--harness with it", has_tasks or self.harness_path is None),
+            ("split", "no --harness with it", not has_tasks or self.split == "test"),
+            *((name, "no --harness with it, whose tasks say it", not (has_tasks and differs))
+              for name, differs in of_rows.items() if name not in OF_TASKS),
         ]  # fmt: skip
 
 

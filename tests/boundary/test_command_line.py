@@ -213,7 +213,7 @@ TRAINING_FLAGS = DATA_FLAGS + """
 """
 MERGING_FLAGS = "model adapter output quantize dtype"
 EVALUATION_FLAGS = DATA_FLAGS + """
-    model adapter quantize split limit metric stride batch_size dtype output predictions
+    model adapter quantize split limit metric stride harness harness_path batch_size dtype output predictions
     max_new_tokens temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size
     num_beams length_penalty early_stopping seed
 """
