@@ -128,7 +128,8 @@ def of_rows(settings: EvaluationSettings, base: Base) -> tuple[Metric, dict]:
         return Choices(questions, base.tokenizer, settings.batch_size), about
     comparison = Rouge() if name == "rouge" else ExactMatch()
     most = room_of(base.config.max_position_embeddings, None, settings.max_new_tokens, settings.truncate_side)
-    room = most._replace(cut_to=min(settings.max_length, most.cut_to))  # as long as in training, or shorter
+    cut_to = min(settings.max_length, most.cut_to)  # as long as in training, or shorter
+    room = most._replace(cut_to=cut_to)
     found_prompts = read_prompts(paths, template, base.tokenizer, room, found.source.category, settings.skip_bad_rows)
     prompts = [prompt for prompt in found_prompts.prompts if prompt.row in rows]
     stops = stop_ids(base, template, settings.adapter)

@@ -85,12 +85,14 @@ class SentencePieceTokenizer(Tokenizer):
         own = []
         for piece, id in vocab.items():
             special = whole.is_control(id) or whole.is_unknown(id)
-            if special or (piece in user_defined and "▁" not in piece):  # that stands for a space, in no raw text
+            in_raw_text = piece in user_defined and "▁" not in piece  # ▁ stands for a space
+            if special or in_raw_text:
                 own.append(AddedToken(piece, id, special))
         bos_id, eos_id = (id if id >= 0 else None for id in (whole.bos_id(), whole.eos_id()))
         facts = read_folder(path, file, vocab, own, bos_id, eos_id, spelled)
         legacy = bool(read_settings(file.parent).get("legacy"))
-        super().__init__(facts, Splitter(facts.in_texts, None, legacy) if facts.in_texts else None)
+        splitter = Splitter(facts.in_texts, None, legacy) if facts.in_texts else None
+        super().__init__(facts, splitter)
 
         edited = bytearray(model)
         for piece in user_defined.keys() & facts.control.keys():
@@ -126,9 +128,11 @@ class JsonTokenizer(Tokenizer):
         if behind:
             what = f"{file}: its post-processor puts the tokens {behind[:8]} behind a text"
             facts.notes.append(f"{what}, which is not used: a template says where the end token comes")
-        super().__init__(facts, _splitter(document, facts, read_settings(file.parent)) if facts.in_texts else None)
+        splitter = _splitter(document, facts, read_settings(file.parent)) if facts.in_texts else None
+        super().__init__(facts, splitter)
 
-        hidden = {*facts.control, *(token for token, id in model["vocab"].items() if id in self._control_ids)}
+        spellings = {token for token, id in model["vocab"].items() if id in self._control_ids}
+        hidden = facts.control.keys() | spellings
         starting = _without_tokens(document, hidden)
         continuing = dict(starting)
         for step in ("normalizer", "pre_tokenizer", "decoder"):
@@ -154,9 +158,9 @@ def _splitter(document: dict, facts: TokenizerFacts, settings: dict) -> Splitter
         return Splitter(facts.in_texts, None, legacy=bool(settings.get("legacy")))
 
     def prefixes(step: dict) -> bool:
-        return step.get("prepend_scheme") == "always" or (
-            "prepend_scheme" not in step and step.get("add_prefix_space") is True
-        )
+        if "prepend_scheme" in step:
+            return step["prepend_scheme"] == "always"
+        return step.get("add_prefix_space") is True
 
     return Splitter(facts.in_texts, document.get("normalizer"), prefixes=has_step(steps, prefixes))
 
