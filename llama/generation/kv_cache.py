@@ -61,7 +61,8 @@ class KVCache:
         slots = heads * self.reserved[1] + positions
         self.slots = slots.flatten()
         every_position = torch.arange(self.view_shape[1], device=self.device)
-        mask = mask_of(every_position > positions, self.score_dtype)
+        hidden = every_position > positions
+        mask = mask_of(hidden, self.score_dtype)
         mask_of_heads = mask[:, None, None].expand(-1, len(self.heads), -1, -1)
         self.mask = mask_of_heads.flatten(0, 1)  # (rows * K, 1, S)
 
@@ -77,17 +78,21 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (rows, N, H), k and v (rows, K, H) -> (rows, N, H): each row's token sees the row's tokens and itself."""
         H = q.shape[-1]
+        new_keys = k.reshape(-1, H)
+        new_values = v.reshape(-1, H)
         all_keys = self.keys[layer].view(-1, H)
-        all_keys.index_copy_(0, self.slots, k.reshape(-1, H))
         all_values = self.values[layer].view(-1, H)
-        all_values.index_copy_(0, self.slots, v.reshape(-1, H))
+        all_keys.index_copy_(0, self.slots, new_keys)
+        all_values.index_copy_(0, self.slots, new_values)
         keys = self.key_views[layer]
         values = self.value_views[layer]
         grouped = q.reshape(len(keys), -1, H)  # (rows * K, G, H)
         if q.is_cuda:
             queries = grouped.unsqueeze(1)
+            keys = keys.unsqueeze(1)
+            values = values.unsqueeze(1)
             mask = self.mask.unsqueeze(1)
-            y = scaled_dot_product_attention(queries, keys.unsqueeze(1), values.unsqueeze(1), mask)
+            y = scaled_dot_product_attention(queries, keys, values, mask)
             return y.reshape(q.shape)
         # The same in plain products, which take less time to start.
         dtype = self.mask.dtype
@@ -243,7 +248,8 @@ class MoreTokens:
             keys = all_keys[None, :, :seen]
             values = all_values[None, :, :seen]
             group = grouped.shape[1]
-            out = scaled_dot_product_attention(queries, keys, values, mask.repeat(group, 1))
+            mask = mask.repeat(group, 1)
+            out = scaled_dot_product_attention(queries, keys, values, mask)
             out = out[0].unflatten(1, grouped.shape[1:3])  # (K, G, block, H)
             y[first:end] = out.permute(2, 0, 1, 3).flatten(1, 2)
         return y

@@ -51,8 +51,8 @@ class BehindPrefix(PackedDocuments):
         """The blocks of packed documents as matrix products, with the prefix before the keys of each block."""
         K = k.shape[1]
         out = torch.empty_like(q)
-        grouped_out = out.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # a view: what is written to it is in `out`
-        grouped_q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # (K, G, T, H)
+        grouped_out = _grouped(out, K)  # what is written to this view is written to `out`
+        grouped_q = _grouped(q, K)
         group = grouped_q.shape[1]
         scale = q.shape[-1] ** -0.5
         k = k.transpose(0, 1)  # (K, T, H)
@@ -74,12 +74,13 @@ class BehindPrefix(PackedDocuments):
             return self._parts
         masks = []
         for start, end, first, mask in self.masked_blocks(dtype):
-            masks.append((start, end, first, pad(mask, (self.prefix, 0)).repeat(group, 1)))
+            padded = pad(mask, (self.prefix, 0))
+            masks.append((start, end, first, padded.repeat(group, 1)))
         most = max(mask.numel() for *_, mask in masks)
         memory = torch.empty(K * most, dtype=dtype)
         for start, end, first, mask in masks:
-            scores = memory[: K * mask.numel()].view(K, *mask.shape)
-            self._parts.append((start, end, first, mask, scores))
+            scores = memory[: K * mask.numel()]
+            self._parts.append((start, end, first, mask, scores.view(K, *mask.shape)))
         return self._parts
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -97,3 +98,9 @@ class BehindPrefix(PackedDocuments):
         whole_v = torch.cat([prefix_v.transpose(0, 1), v])
         y = whole.attend(layer=0, q=whole_q, k=whole_k[source], v=whole_v[source])
         return y[own]
+
+
+def _grouped(x: Tensor, K: int) -> Tensor:
+    """(T, N, H) -> (K, G, T, H), a view: the query heads under the key/value head that they read."""
+    by_key_head = x.unflatten(1, (K, -1))
+    return by_key_head.permute(1, 2, 0, 3)
