@@ -1,6 +1,6 @@
 """The loss of a model on labelled examples, and how often it prefers the right answer word."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,16 +109,19 @@ def evaluate(
             sums[0] += model(batch.tokens, batch.documents, batch.rows, batch.targets)
             sums[1] += len(batch.targets)
             sums[3] += len(part)
-    scored = [example for example in found.values() if words is None or example.labels]
-    own = [
-        sum(example.loss for example in scored),
-        sum(example.labels for example in scored),
-        sum(example.is_right for example in scored),
-        len(scored),
-    ]
-    sums += torch.tensor(own, dtype=torch.float64).to(process.device)
+    sums += _sums_of(found.values(), words is not None).to(process.device)
     dist.all_reduce(sums)
     return _metrics(words is not None, *sums.tolist()), found
+
+
+def _sums_of(found: Iterable[Scored], has_words: bool) -> Tensor:
+    """(4): the loss, labels and right answers of the examples together, and their number. Those whose right word is not
+    known do not count."""
+    scored = [example for example in found if example.labels or not has_words]
+    loss = sum(example.loss for example in scored)
+    labels = sum(example.labels for example in scored)
+    right = sum(example.is_right for example in scored)
+    return torch.tensor([loss, labels, right, len(scored)], dtype=torch.float64)
 
 
 def _metrics(has_words: bool, loss: float, labels: float, right: float, examples: float) -> dict:
