@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress

@@ -6,7 +6,6 @@ It names no path of the machine that trained, except the base as --model gave it
 
 import json
 import re
-import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from llama.boundary.untrusted import read_json, read_text
 from llama.data.chat import Renderer
 from llama.data.chat_template import spelled_out
 from llama.data.sources import PUBLIC_DATASETS, DataSettings
-from llama.data.templates import TEMPLATES, Template
+from llama.data.templates import Template
 from llama.data.tokenizer import Tokenizer
 from llama.evaluation.score import answer_ids
 from llama.storage.base import Base
 from llama.storage.companions import CARD, Companions, of_adapter
 from llama.storage.manifest import Manifest, checkpoint_at, read_manifest
+from llama.training.card_code import LOAD_MODEL, commands, python_code
 from llama.training.journal import read_metrics
 from llama.training.settings import HowToTrain, WhatToTrain, WhereToTrain
 
@@ -28,41 +28,6 @@ RUN = "run.json"
 LOADING, PROMPTS, TRAINING = "How to load it", "Prompts", "How it was trained"  # the sections
 SAMPLE_CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! How can I help you?"}]
 SAID_IN_WORDS = {"model", "data", "data_dir", "template"}
-
-LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-"""
-LOAD_ADAPTER = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-folder = "."  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, folder)
-model.generation_config = GenerationConfig.from_pretrained(folder)  # its eos_token_id ends an answer
-"""
-CHAT = """\
-messages = [{"role": "user", "content": "Hello"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-"""
-TEXT = """\
-prompt = {prompt}
-inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-"""
-WRITE = """\
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-CHOOSE = """\
-answers = {answers}  # and the first token of each
-logits = model(**inputs).logits[0, -1]
-print(max(answers, key=lambda answer: logits[answers[answer]]))
-"""
 
 
 def companions_of_run(run: dict, identity: dict, base: Base, held_out: dict[str, dict]) -> Companions:
@@ -75,9 +40,8 @@ def companions_of_run(run: dict, identity: dict, base: Base, held_out: dict[str,
     name = _name(base.name) if base.folder else "a small Llama from random weights"
     data = "the bundled sample of made-up reviews" if identity["bundled_sample"] else _name(identity["data"])
     prompt = run["prompt"]
-    code = _loading(prompt, base.name if is_adapter else None)
-    commands = _commands(prompt, identity)
-    sections = {LOADING: _loading_section(code, commands)}
+    code = python_code(prompt, base.name if is_adapter else None)
+    sections = {LOADING: _loading_section(code, commands(prompt, identity))}
     sections |= _sections(run, identity, held_out)
     kind = "A LoRA adapter for " if is_adapter else ""
     title = f"{kind}{name}, trained on {data}"
@@ -171,50 +135,9 @@ def _card(base: Base, is_adapter: bool, title: str, sections: dict[str, str], da
     return "\n".join(lines) + "\n"
 
 
-def _loading(prompt: dict, base_of_adapter: str | None) -> str:
-    """Python that loads what was exported, and asks it something."""
-    parts = [LOAD_MODEL]
-    if base_of_adapter is not None:
-        parts = [LOAD_ADAPTER.format(base=json.dumps(base_of_adapter))]
-    parts.append("\n")
-    if prompt["prompt"] is None:
-        parts += [CHAT, WRITE]
-    else:
-        text = json.dumps(prompt["prompt"], ensure_ascii=False)
-        parts.append(TEXT.format(prompt=text))
-        if prompt["answers"]:
-            answers = json.dumps(prompt["answers"])
-            parts.append(CHOOSE.format(answers=answers))
-        else:
-            parts.append(WRITE)
-    return "".join(parts)
-
-
-def _loading_section(code: str, commands: str) -> str:
+def _loading_section(code: str, own_commands: str) -> str:
     ours = "The scripts that trained it use it, too; FOLDER is this folder:"
-    return f"{_fenced(code, 'python')}\n\n{ours}\n\n{_fenced(commands, 'bash')}"
-
-
-def _commands(prompt: dict, identity: dict) -> str:
-    """Commands that ask the exported model something, with the prompts that it was trained on."""
-    model = "--model FOLDER"
-    if identity["lora"] is not None:
-        rounded = "" if identity["quantize"] == "none" else f" --quantize {identity['quantize']}"
-        model = f"--model {shlex.quote(identity['model'])} --adapter FOLDER{rounded}"
-    if prompt["prompt"] is None:
-        return f"python generate.py {model} --chat"
-    name = identity["template"]
-    template = f"--template {name if name in TEMPLATES else 'template.txt'}"
-    example = dict.fromkeys(prompt.get("fields", []), "...")
-    row = json.dumps(example, ensure_ascii=False)
-    lines = [f"echo {shlex.quote(row)} > rows.jsonl"]
-    if name not in TEMPLATES:
-        lines.insert(0, "# template.txt holds the text under Prompts")
-    if prompt["answers"]:
-        lines.append(f"python evaluate.py {model} {template} --data rows.jsonl --predictions answers.jsonl")
-    else:
-        lines.append(f"python generate.py {model} {template} --prompts rows.jsonl")
-    return "\n".join(lines)
+    return f"{_fenced(code, 'python')}\n\n{ours}\n\n{_fenced(own_commands, 'bash')}"
 
 
 def _sections(run: dict, identity: dict, held_out: dict[str, dict]) -> dict[str, str]:
