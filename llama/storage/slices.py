@@ -112,19 +112,14 @@ def differ(folder: Path, first: str, second: str, stem: str = "model") -> bool:
         found = _open_files(Path(folder), stem, stack)
         if first not in found or second not in found:
             return False
-        one = found[first]
-        other = found[second]
-        shape = one.get_shape()
-        kinds = {one.get_dtype(), other.get_dtype()}
-        if other.get_shape() != shape or not shape:
+        views = found[first], found[second]
+        shape = views[0].get_shape()
+        kinds = {view.get_dtype() for view in views}
+        if views[1].get_shape() != shape or len(kinds) > 1 or not kinds <= set(FLOATS.values()) or not shape:
             return True
-        if len(kinds) > 1 or not kinds <= set(FLOATS.values()):
-            return True
-        row_bytes = 4 * math.prod(shape[1:])
-        at_once = max(1, COPIED_AT_ONCE // max(1, row_bytes))
+        at_once = max(1, COPIED_AT_ONCE // max(1, 4 * math.prod(shape[1:])))
         for begin in range(0, shape[0], at_once):
-            rows = slice(begin, begin + at_once)
-            if not torch.equal(one[rows], other[rows]):
+            if not torch.equal(views[0][begin : begin + at_once], views[1][begin : begin + at_once]):
                 return True
         return False
 
@@ -142,13 +137,10 @@ def _matching(wanted: Mapping, folder: Path, stem: str, allow_unexpected: Accept
     for name, tensor in wanted.items():
         if name not in found:
             continue
-        shape = found[name].get_shape()
-        dtype = found[name].get_dtype()
-        wanted_shape = list(tensor.shape)
-        wanted_dtype = DTYPES[tensor.dtype]
-        both_floats = {dtype, wanted_dtype} <= set(FLOATS.values())
-        if shape != wanted_shape or (dtype != wanted_dtype and not both_floats):
-            expected = f"{wanted_dtype} {wanted_shape}"
+        shape, dtype = found[name].get_shape(), found[name].get_dtype()
+        both_floats = {dtype, DTYPES[tensor.dtype]} <= set(FLOATS.values())
+        if shape != list(tensor.shape) or (dtype != DTYPES[tensor.dtype] and not both_floats):
+            expected = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
             problems.append(f"{first_few([name])} is {dtype} {shape}, expected {expected}")
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems[:4])}")
@@ -214,16 +206,12 @@ def write_tensors(
     given. On return all is on disk. Raises UserError, on every rank, if any rank cannot write or a file exists already.
     """
     folder = Path(folder)
-    parts = {}
-    shapes = {}
-    dtypes = {}
+    parts, shapes, dtypes = {}, {}, {}
     for name, source in tensors.items():
         part = source if isinstance(source, Part) else Part.of(source)
         parts[name] = part
         shapes[name] = part.shape
-        dtypes[name] = part.local.dtype
-        if dtype and part.local.is_floating_point():
-            dtypes[name] = dtype
+        dtypes[name] = dtype if dtype and part.local.is_floating_point() else part.local.dtype
     layout = lay_out(shapes, dtypes, stem, max_file_bytes)
     with fail_together(folder, group):  # every file has its full size before any rank writes into it
         if is_rank_zero():
@@ -242,8 +230,7 @@ def _create(folder: Path, layout: Layout, stem: str) -> None:
         total = sum(layout.sizes[file] - len(layout.headers[file]) for file in layout.files)
         weight_map = {name: file for name, (file, _) in layout.places.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2)
-        write_durably(folder / f"{stem}.safetensors.index.json", text + "\n")
+        write_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     sync(folder)
 
 
@@ -259,8 +246,7 @@ def _fill(folder: Path, layout: Layout, parts: dict[str, Part]) -> None:
         wait_until_visible(folder / file)
         with open(folder / file, "r+b", buffering=0) as opened:
             for name in names:
-                _, begin = layout.places[name]
-                _write_part(opened, parts[name], layout.dtypes[name], begin)
+                _write_part(opened, parts[name], layout.dtypes[name], layout.places[name][1])
             os.fsync(opened.fileno())
 
 
