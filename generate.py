@@ -51,6 +51,9 @@ def main() -> None:
     if template and longest < settings.max_new_tokens:
         announce([f"--template {template.name}: an answer is one of its words, so it has at most {longest} tokens"])
         settings = replace(settings, max_new_tokens=longest)
+    if settings.max_length and settings.max_length <= settings.max_new_tokens:
+        problem = f"leaves nothing to prompts beside --max_new_tokens {settings.max_new_tokens}"
+        announce([f"--max_length {settings.max_length}: {problem}, and is not used"])
     room = room_of(
         base.config.max_position_embeddings, settings.max_length, settings.max_new_tokens, settings.truncate_side
     )

@@ -113,6 +113,8 @@ def test_stdout_is_the_text_alone(exported, command):
     assert out == text[: text.index(stop)] + "\n" and "(ended by: stop_string)" in err
     status, out, err = command("--model", exported, "--prompt", "", "--dtype", "float32", "--max_new_tokens", 0)
     assert (status, out) == (0, "\n") and "prompt: 1 tokens" in err
+    status, out, err = command("--model", exported, "--prompt", "x", "--max_length", 12, *FLAGS)
+    assert "--max_length 12: leaves nothing to prompts beside --max_new_tokens 12, and is not used" in err
 
 
 def test_a_file_gets_an_answer_for_each_row_in_order_whatever_the_batch(exported, questions, tmp_path, command):

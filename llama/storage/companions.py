@@ -143,7 +143,8 @@ def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str 
     eos = _read_if_among(files, SETTINGS).get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if eos is not None and not (isinstance(eos, str) and tokenizer.has_control(eos)):
-        raise UserError(f"{folder / SETTINGS}: eos_token is {eos!r:.100}, expected a control token of the base")
+        expected = "a control token of the base; is it the one that the adapter was trained over?"
+        raise UserError(f"{folder / SETTINGS}: eos_token is {eos!r:.100}, expected {expected}")
     end_of_turn = None if eos is None else tokenizer.control_id(eos)
     return Companions.of(tokenizer, config_json, chat_templates(files).get("default"), end_of_turn, card)
 
