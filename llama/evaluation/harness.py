@@ -38,7 +38,7 @@ from llama.generation.settings import GenerationSettings
 from llama.generation.step import lay_out
 from llama.generation.text import TextStream
 from llama.model import Llama
-from llama.parallel.collectives import fail_together, gather, group_that_waits
+from llama.parallel.collectives import fail_together, gather_dict, group_that_waits
 from llama.parallel.processes import Process
 
 ANSWER = 256  # tokens, where a task does not say
@@ -97,17 +97,22 @@ class Harness(TemplateLM):
         for _, context, continuation in requests:
             if len(continuation) > self.positions:
                 raise UserError(f"a continuation has {len(continuation)} tokens, the model reads {self.positions}")
-            ids = np.array([*context, *continuation], np.int32)[-self.positions - 1 :]
-            examples.append((ids, np.arange(len(ids)) >= len(ids) - len(continuation)))
+            whole = np.array([*context, *continuation], np.int32)
+            ids = whole[-self.positions - 1 :]
+            is_label = np.arange(len(ids)) >= len(ids) - len(continuation)
+            examples.append((ids, is_label))
         data = in_memory(examples)
-        together = few_enough(self.at_once, int(data.label_counts.max(initial=0)), self.model.config.vocab_size)
-        packer = Packer(self.model, data, range(len(data)), self.process)
-        mine = own_batches(range(len(data)), packer.data.lengths, self.process, together)
+        most_labels = int(data.label_counts.max(initial=0))
+        together = few_enough(self.at_once, most_labels, self.model.config.vocab_size)
+        indices = range(len(data))
+        packer = Packer(self.model, data, indices, self.process)
+        mine = own_batches(indices, packer.data.lengths, self.process, together)
         own: dict[int, tuple[float, bool]] = {}
         for part in self.progress("reading texts", "batches", len(mine)).over(mine):
             batch = packer.pack(part)
             logits = self.model.logits(batch.tokens, batch.documents, batch.rows).float()
-            losses = sums_of_examples(label_losses(logits, batch.targets), batch)
+            losses_of_labels = label_losses(logits, batch.targets)
+            losses = sums_of_examples(losses_of_labels, batch)
             is_other = logits.argmax(-1) != batch.targets
             others = sums_of_examples(is_other.float(), batch)
             for i, loss, count in zip(part, losses.tolist(), others.tolist(), strict=True):
@@ -136,10 +141,16 @@ class Harness(TemplateLM):
         until = []
         for request in requests:
             context, kwargs = request.args
-            settings, stops = settings_of(kwargs, self.seed + asked[str(request.args)], self.positions)
-            asked[str(request.args)] += 1
-            ids = self.tok_encode(context)[settings.max_new_tokens - self.positions :] or [self.prefix_id]
-            prompts.append(Request(ids, settings, self.stop_ids, TextStream(self.texts.decode_new, stops)))
+            key = str(request.args)
+            seed = self.seed + asked[key]
+            asked[key] += 1
+            settings, stops = settings_of(kwargs, seed, self.positions)
+            room = self.positions - settings.max_new_tokens
+            ids = self.tok_encode(context)[-room:]
+            if not ids:
+                ids = [self.prefix_id]
+            stream = TextStream(self.texts.decode_new, stops)
+            prompts.append(Request(ids, settings, self.stop_ids, stream))
             until.append(stops)
         self.model = lay_out(self.model, self.at_once)
         own: dict[int, str] = {}
@@ -149,7 +160,8 @@ class Harness(TemplateLM):
             for place, answer in generate(self.model, [prompts[i] for i in mine], self.at_once):
                 i = mine[place]
                 ids = [id for id in answer.ids if id < self.texts.vocab_size]  # a model may have more
-                own[i] = postprocess_generated_text(self.texts.decode(ids), until[i], None)
+                text = self.texts.decode(ids)
+                own[i] = postprocess_generated_text(text, until[i], None)
                 progress.update()
         return self.of_all_ranks(own, group)
 
@@ -158,9 +170,7 @@ class Harness(TemplateLM):
 
     def of_all_ranks(self, own: dict, group=None) -> list:
         """The results of all requests in order, of which each rank has its `own`."""
-        found: dict = {}
-        for part in gather(own, group):
-            found |= part
+        found = gather_dict(own, group)
         return [found[i] for i in range(len(found))]
 
 
@@ -214,8 +224,13 @@ class Tasks:
         if found is None:  # lm-eval has results on one rank of each machine
             return Outcome({"n": 0}, {}, ())
         counts = found["n-samples"].values()
-        values = {"n": sum(count["effective"] for count in counts), "tasks": found["results"]}
-        return Outcome(values | {"versions": found["versions"], "shots": found["n-shot"]}, {}, ())
+        values = {
+            "n": sum(count["effective"] for count in counts),
+            "tasks": found["results"],
+            "versions": found["versions"],
+            "shots": found["n-shot"],
+        }
+        return Outcome(values, {}, ())
 
 
 def find_tasks(names: Sequence[str], folder: str | None) -> TaskManager:
