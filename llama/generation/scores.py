@@ -107,7 +107,8 @@ def keep_top_p(scores: Tensor, top_p: float, keep: int) -> Tensor:
     values, order = scores.gather(1, ids).sort(stable=True)
     ids = ids.gather(1, order)  # from the least likely to the likeliest, and by id where they tie
     others = probabilities.scatter(1, ids, 0)
-    sums = others.sum(-1, keepdim=True) + probabilities.gather(1, ids).cumsum(-1)
+    below = others.sum(-1, keepdim=True)
+    sums = below + probabilities.gather(1, ids).cumsum(-1)
     is_out = sums <= 1 - top_p
     is_out[:, -keep:] = False
     values = values.masked_fill(is_out, RULED_OUT)

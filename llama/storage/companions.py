@@ -74,7 +74,9 @@ class Companions:
         """The eos_token_id of config.json and generation_config.json: a number, or a list of several; {}: unknown."""
         if not self.eos_ids:
             return {}
-        return {"eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_ids[0]}
+        if len(self.eos_ids) == 1:
+            return {"eos_token_id": self.eos_ids[0]}
+        return {"eos_token_id": list(self.eos_ids)}
 
     def write(self, folder: Path, special_tokens: dict | None = None) -> None:
         """Write all of it into a folder; it is on disk when this returns. For one process, and not collective.
@@ -110,8 +112,9 @@ class Companions:
         changes = {SETTINGS: settings, SPECIAL: special, GENERATION: generation | self.special_tokens}
         for name, values in changes.items():
             old = _read_if_among(self.files, name)
-            if old | values != old:
-                texts[name] = json.dumps(old | values, indent=2, ensure_ascii=False) + "\n"
+            new = old | values
+            if new != old:
+                texts[name] = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
         return texts
 
     def _has(self, name: str) -> bool:
@@ -121,11 +124,18 @@ class Companions:
         """{name: text} of the chat template that was trained on, and of the base's others under other names."""
         others = chat_templates(self.files)
         replaced = others.pop("default", trained)
-        if replaced.strip() not in {text.strip() for text in (trained, *others.values())}:
-            free = (f"base-{number}" for number in range(2, len(others) + 3))
-            name = "base" if "base" not in others else next(name for name in free if name not in others)
+        known = {text.strip() for text in (trained, *others.values())}
+        if replaced.strip() not in known:
+            name = "base"
+            number = 2
+            while name in others:
+                name = f"base-{number}"
+                number += 1
             others[name] = replaced
-        return {CHAT_TEMPLATE: trained} | {f"{CHAT_TEMPLATES}/{k}.jinja": v for k, v in others.items()}
+        files = {CHAT_TEMPLATE: trained}
+        for name, text in others.items():
+            files[f"{CHAT_TEMPLATES}/{name}.jinja"] = text
+        return files
 
 
 NO_COMPANIONS = Companions()
@@ -137,7 +147,8 @@ def of_adapter(folder: Path, tokenizer: Tokenizer, config_json: dict, card: str 
     base has no such end token."""
     saved = checkpoint_at(folder)
     if saved:
-        return Companions.of(tokenizer, config_json, *learned_prompts(saved, tokenizer), card)
+        chat_template, end_of_turn = learned_prompts(saved, tokenizer)
+        return Companions.of(tokenizer, config_json, chat_template, end_of_turn, card)
     names = [name for name in (SETTINGS, CHAT_TEMPLATE) if (folder / name).exists()]
     files = [folder / name for name in names if inside(folder, name, "")]
     eos = _read_if_among(files, SETTINGS).get("eos_token")
