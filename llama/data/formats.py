@@ -67,7 +67,10 @@ class Seen:
             count = max(2, max(numbers) + 1)
             if self.types == {int} or (is_few and len(words) == count):  # a table holds numbers as text
                 return [f"{name} {number}" for number in range(count)]
-        return sorted(words) if self.types == {str} and is_few and all(map(WORD.fullmatch, words)) else []
+        are_words = self.types == {str} and all(map(WORD.fullmatch, words))
+        if is_few and are_words:
+            return sorted(words)
+        return []
 
 
 def find_template(
@@ -99,9 +102,10 @@ def find_template(
 
 
 def _guess(path: Path, asks: bool) -> str:
-    """The template that uses most of the fields that the first rows have; if it `asks`, they may lack those of the
-    answer. Never `imdb`: many files have a text and a
-    label, and few of them are reviews of films."""
+    """The template that uses most of the fields that the first rows have. `asks`: they may lack those of the answer.
+
+    Never `imdb`: many files have a text and a label, and few of them are reviews of films.
+    """
     row, seen = _look_at(path)
     uses = {}
     lacking = []
@@ -117,7 +121,8 @@ def _guess(path: Path, asks: bool) -> str:
         if name == "imdb" or not needed <= seen.keys() or not is_whole_row:
             continue
         if unused & PROMPT_FIELDS:
-            lacking.append(f"fit {name}, which does not use {' and '.join(sorted(unused & PROMPT_FIELDS))}")
+            unread = " and ".join(sorted(unused & PROMPT_FIELDS))
+            lacking.append(f"fit {name}, which does not use {unread}")
         else:
             uses[name] = len(template.columns & seen.keys())
     is_pair = all(_is_list(seen, name) for name in (PAIR[:1] if asks else PAIR))
@@ -139,7 +144,7 @@ def _is_list(seen: dict[str, Seen], name: str) -> bool:
 
 
 def _look_at(path: Path) -> tuple[dict, dict[str, Seen]]:
-    """A row with every field of the first rows, and what they hold, {name: Seen}. Null and empty values are as absent.
+    """A row with every field of the first rows, and what they hold, {name: Seen}. Null and empty values count as absent.
     """
     merged: dict = {}
     errors = []

@@ -118,8 +118,10 @@ class KVCache:
     @property
     def score_dtype(self) -> torch.dtype:
         """The dtype of one token's scores. Few CPUs have fast products of a few rows in bf16, so there it is fp32."""
-        dtype = self.keys[0].dtype
-        return dtype if self.keys[0].is_cuda else torch.promote_types(dtype, torch.float32)
+        keys = self.keys[0]
+        if keys.is_cuda:
+            return keys.dtype
+        return torch.promote_types(keys.dtype, torch.float32)
 
     def reserve(self, rows: int, positions: int) -> None:
         """Get memory for at least so many rows and positions, in blocks of positions. What is cached moves into it."""
@@ -200,7 +202,8 @@ class NewRows:
         self.positions = self.documents.positions
         ends = self.documents.boundaries[1:].long()
         self.last = ends - 1  # where each prompt's last token is in the stream
-        documents = torch.repeat_interleave(torch.tensor(lengths))
+        counts = torch.tensor(lengths)
+        documents = torch.repeat_interleave(counts)
         rows = first + documents.to(cache.device)  # (T): the row of each token
         self.place = (rows[:, None], cache.heads, self.positions[:, None])
 

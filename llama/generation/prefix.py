@@ -79,8 +79,9 @@ class BehindPrefix(PackedDocuments):
         most = max(mask.numel() for *_, mask in masks)
         memory = torch.empty(K * most, dtype=dtype)
         for start, end, first, mask in masks:
-            scores = memory[: K * mask.numel()]
-            self._parts.append((start, end, first, mask, scores.view(K, *mask.shape)))
+            size = K * mask.numel()
+            scores = memory[:size].view(K, *mask.shape)
+            self._parts.append((start, end, first, mask, scores))
         return self._parts
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -94,9 +95,11 @@ class BehindPrefix(PackedDocuments):
         source[own] = self.prefix + torch.arange(len(own), device=self.device)
         whole_q = q.new_zeros(len(source), *q.shape[1:])
         whole_q[own] = q
-        whole_k = torch.cat([prefix_k.transpose(0, 1), k])
-        whole_v = torch.cat([prefix_v.transpose(0, 1), v])
-        y = whole.attend(layer=0, q=whole_q, k=whole_k[source], v=whole_v[source])
+        all_k = torch.cat([prefix_k.transpose(0, 1), k])
+        all_v = torch.cat([prefix_v.transpose(0, 1), v])
+        whole_k = all_k[source]
+        whole_v = all_v[source]
+        y = whole.attend(layer=0, q=whole_q, k=whole_k, v=whole_v)
         return y[own]
 
 

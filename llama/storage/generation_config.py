@@ -82,7 +82,8 @@ def generation_notes(base: Base, adapter: str | Path | None = None) -> list[str]
     ]
     if unused:
         notes.append(f"{path}: not used: {first_few(unused, 12)}")
-    beyond = [id for name in EOS_FILES for id in eos_ids(path.parent, name) if not 0 <= id < base.config.vocab_size]
+    ends = [id for name in EOS_FILES for id in eos_ids(path.parent, name)]
+    beyond = [id for id in ends if not 0 <= id < base.config.vocab_size]
     if beyond:
         notes.append(
             f"{path.parent}: eos_token_id {beyond[0]} is no id of the model, which has {base.config.vocab_size}"
