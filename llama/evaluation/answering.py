@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama.boundary.command_line import announce
 from llama.boundary.progress import Progress
@@ -113,8 +113,9 @@ class Rows:
         requests = []
         listeners = []
         for number in mine:
-            request, listener = self.asked.request(self.prompts[number].ids)
-            requests.append(request)
+            prompt = self.prompts[number]
+            request, listener = self.asked.request(prompt.ids)
+            requests.append(replace(request, name=f"row {prompt.row}"))
             listeners.append(listener)
         together = any_rank if settings.sharding == "full" else bool
         is_main = self.output is not None

@@ -55,7 +55,9 @@ class Written:
             raise UserError(f"none of {len(prompts)} rows has an answer, expected one to compare the model's text with")
         self.tokenizer = tokenizer
         self.settings = settings
-        self.requests = [Request(prompt.ids, settings, stop_ids) for prompt in self.prompts]
+        self.requests = []
+        for prompt in self.prompts:
+            self.requests.append(Request(prompt.ids, settings, stop_ids, name=f"row {prompt.row}"))
         self.batch_size = batch_size
         self.about = comparison.about | {
             "decoding": decoding(settings) | {"stop_ids": sorted(stop_ids)},

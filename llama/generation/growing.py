@@ -30,15 +30,20 @@ class Growing:
     @classmethod
     def of(cls, number: int, request: Request, row: int, positions: int) -> "Growing":
         """`positions`: how many the model has. Raises UserError for a prompt that it cannot read."""
+        text = cls(number, request, [row])
         length = len(request.prompt)
         if not 1 <= length <= positions:
-            raise UserError(f"prompt {number + 1}: {length} tokens, expected 1 to {positions}, the model's positions")
-        text = cls(number, request, [row])
+            raise UserError(f"{text.name}: {length} tokens, expected 1 to {positions}, the model's positions")
         if request.settings.num_beams > 1:
             text.beams = Beams(request.prompt, request.settings, request.stop_ids, positions - length)
         elif request.settings.draws:
             text.random = RandomNumbers(request.settings.seed, request.prompt)
         return text
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.request.name or f"prompt {self.number + 1}"
 
     def take(self, token: int | None, positions: int) -> str | None:
         """Add the token to the answer, unless it is a stop id. Returns the reason if the answer ends here."""
@@ -139,7 +144,7 @@ def refuse(texts: Sequence[Growing], logits: Tensor) -> None:
     bad = [text for text, its_good in zip(texts, is_good.tolist(), strict=True) if not its_good]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        numbers = ", ".join(str(text.number + 1) for text in bad[:3])
+        names = ", ".join(text.name for text in bad[:3])
         token = f"token {len(bad[0].ids) + 1} of the answer"
         found = f"the scores of {token} are NaN or infinite"
-        raise UserError(f"prompt {numbers}{more}: {found}: the model's weights are unusable")
+        raise UserError(f"{names}{more}: {found}: the model's weights are unusable")

@@ -15,12 +15,14 @@ class Request:
     stop_ids: the ids that end an answer; none of them is part of it.
     on_token: called with each new id as soon as it is chosen (with beams: with one after the other, at the end). If it
               returns True, the answer ends behind this id. Stop strings are found so, and texts shown as they grow.
+    name:     what messages call the prompt, such as "row 7"; "": its number among the requests.
     """
 
     prompt: list[int]
     settings: GenerationSettings = GenerationSettings()
     stop_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def test_a_prompt_that_the_model_cannot_read_is_named_before_any_is_read(small, 
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.2}, {"temperature": 1.0}, {"num_beams": 2}], ids=str)
-@pytest.mark.parametrize("batch_size, found", [(1, "prompt 2"), (3, "prompt 1, 2, 3")])
+@pytest.mark.parametrize("batch_size, found", [(1, "prompt 2"), (3, "prompt 1, prompt 2, prompt 3")])
 def test_scores_that_are_no_numbers_name_prompts_and_token(settings, batch_size, found):
     """In one stream NaN reaches all prompts: masked or not, 0 times NaN is NaN."""
     model = pair(BASE)[1]
