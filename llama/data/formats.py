@@ -144,7 +144,7 @@ def _is_list(seen: dict[str, Seen], name: str) -> bool:
 
 
 def _look_at(path: Path) -> tuple[dict, dict[str, Seen]]:
-    """A row with every field of the first rows, and what they hold, {name: Seen}. Null and empty values count as absent.
+    """A row with every field of the first rows, and what they hold, {name: Seen}. Null and empty values are as absent.
     """
     merged: dict = {}
     errors = []

@@ -109,7 +109,8 @@ def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
     settings = texts[0].request.settings
     if is_greedy(settings):
         best, ids = logits.max(-1)
-        scores, tokens = torch.stack([best.double(), ids.double()]).tolist()  # the step's only wait for the device
+        both = torch.stack([best.double(), ids.double()])
+        scores, tokens = both.tolist()  # the step's only wait for the device
         if not all(map(math.isfinite, scores)):
             refuse(texts, logits)
         return [int(token) for token in tokens]
@@ -118,7 +119,11 @@ def next_tokens(texts: Sequence[Growing], logits: Tensor) -> list[int | None]:
         processed = process(logits, so_far, settings)
     if not settings.draws:
         return choose(processed)
-    numbers = [float(text.random.uniform(len(text.ids))[0]) for text in texts if text.random]
+    numbers = []
+    for text in texts:
+        assert text.random
+        (number,) = text.random.uniform(len(text.ids))
+        numbers.append(float(number))
     return choose(processed, numbers)
 
 
