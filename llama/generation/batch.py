@@ -162,7 +162,8 @@ class Batch:
         moved = self.texts.pop()
         token = self.newest.pop()
         if row < last:
-            moved.rows[moved.rows.index(last)] = row
+            place = moved.rows.index(last)
+            moved.rows[place] = row
             self.texts[row] = moved
             self.newest[row] = token
 
