@@ -14,6 +14,9 @@ CONFIDENCE = 0.95
 Z = 1.959963984540054  # a standard normal number is within +-Z with probability CONFIDENCE
 RESAMPLES = 1000
 SEED = 0
+# The resamples of few units spread too little: for 5 numbers with a normal distribution, the interval holds the truth
+# in 84 % of cases, for 10 in 90 %.
+FEWEST = 20
 WILSON = "Wilson score"
 BOOTSTRAP = f"bootstrap over {{unit}}, percentiles of {RESAMPLES} resamples, seed {SEED}"
 
@@ -63,13 +66,14 @@ def bootstrap(
     """The interval of sum(totals) / sum(weights), where each `unit` has a total and a weight (without `weights`: 1).
 
     n units are drawn with replacement from the n there are, RESAMPLES times; the interval leaves out 2.5 % of the
-    ratios at either end. None for fewer than two units, and for units that are all alike: they say nothing of a spread.
+    ratios at either end. None for fewer than FEWEST units, and for units that are all alike: they say nothing of a
+    spread.
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     n = len(totals)
     numerators = np.asarray(totals, np.float64)
     denominators = np.ones(n) if weights is None else np.asarray(weights, np.float64)
-    if n < 2 or not denominators.any():
+    if n < FEWEST or not denominators.any():
         return None
     rng = np.random.default_rng(SEED)
     ratios = []
@@ -80,6 +84,6 @@ def bootstrap(
             ratios.append(numerators[drawn].sum() / denominator)
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [outside, 1 - outside])
-    if low == high:
+    if math.isclose(low, high, rel_tol=1e-6):  # rounding makes equal units differ
         return None
     return Interval(float(low), float(high), BOOTSTRAP.format(unit=unit))

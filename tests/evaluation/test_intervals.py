@@ -5,7 +5,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from llama.evaluation.intervals import CONFIDENCE, Interval, Z, bootstrap, wilson
+from llama.evaluation.intervals import CONFIDENCE, FEWEST, Interval, Z, bootstrap, wilson
 
 
 def test_wilson_has_the_values_of_published_tables():
@@ -58,10 +58,23 @@ def test_bootstrap_of_a_ratio_resamples_whole_examples():
     assert (found.low, found.high) == pytest.approx((ratio - half, ratio + half), abs=0.1 * half)
 
 
+def test_bootstrap_of_the_fewest_units_holds_the_truth_in_nine_of_ten_cases_or_more():
+    """Of fewer it would hold it in fewer cases, and gives none."""
+    rng = np.random.default_rng(11)
+    covered = []
+    for _ in range(200):
+        found = bootstrap(rng.normal(1.0, 1.0, FEWEST).tolist())
+        assert found is not None
+        covered.append(found.low <= 1.0 <= found.high)
+    assert 0.9 <= np.mean(covered) <= 0.99
+    assert bootstrap(rng.normal(1.0, 1.0, FEWEST - 1).tolist()) is None
+
+
 def test_too_few_examples_have_no_interval():
     """One example says nothing of a spread, and none nothing at all."""
     assert wilson(0, 0) is None and bootstrap([]) is None and bootstrap([1.0]) is None
-    assert bootstrap([0.0, 0.0], [0, 0]) is None
-    assert bootstrap([2.0, 2.0, 2.0]) is None and bootstrap([2.0, 4.0], [1, 2]) is None
+    assert bootstrap([0.0] * 30, [0] * 30) is None
+    assert bootstrap([2.0] * 30) is None and bootstrap([2.0, 4.0] * 15, [1, 2] * 15) is None
+    assert bootstrap([2.0, 2.0000001] * 15) is None  # the same loss, rounded in batches of different sizes
     assert Interval(0.0, 1e9, "m").exp().high == np.inf
     assert Interval(0.0, 1.0, "m").exp() == Interval(1.0, pytest.approx(np.e), "m")
