@@ -56,13 +56,15 @@ def read_questions(
     for number, where, row in rows_of(paths, numbers):
         question = template.question(row, where)
         texts = [option.text for option in question.options]
-        longest = max(map(len, tokenizer.encode_batch(texts, starts_text=False)))
+        lengths = [len(ids) for ids in tokenizer.encode_batch(texts, starts_text=False)]
         segments = [[*question.prompt, option] for option in question.options]
         examples = []
         was_cut = False
-        for encoded in encode_rows(segments, tokenizer, max_length, side, answer_room=longest):
-            if encoded is None:
-                raise UserError(f"{where}: an option does not fit into --max_length {max_length} tokens")
+        encoded_options = encode_rows(segments, tokenizer, max_length, side, answer_room=max(lengths))
+        for encoded, length in zip(encoded_options, lengths, strict=True):
+            if encoded is None or sum(encoded.is_answer) < length:  # the text's first token is never a label
+                problem = f"an option does not fit into --max_length {max_length} tokens with one or more before it"
+                raise UserError(f"{where}: {problem}")
             ids = np.array(encoded.ids, np.int32)
             examples.append((ids, np.array(encoded.is_answer)))
             was_cut = encoded.was_cut

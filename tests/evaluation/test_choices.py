@@ -170,6 +170,16 @@ def test_an_option_that_does_not_fit_is_one_line(quiz):
         read_questions([quiz], [1], OptionsTemplate(QUIZ), tokenizer, 8, "right")
 
 
+def test_an_option_whose_first_token_nothing_predicts_is_one_line(tmp_path, monkeypatch):
+    """Without BOS and without a prompt only later tokens would be scored, and longer options would win."""
+    tokenizer = load_tokenizer(TINY_TOKENIZER)
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"answer": "frozen water", "choices": ["frozen water", "hot water of the sea"]}\n')
+    with pytest.raises(UserError, match=r"bare.jsonl:1: an option does not fit .* with one or more before it$"):
+        read_questions([path], [1], OptionsTemplate(Template("bare", "[[{answer}]]")), tokenizer, 64, "right")
+
+
 def test_rows_are_found_again_by_their_numbers_over_several_files(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     paths[0].write_text('{"x": 1}\n\n{"x": 2}\n')
