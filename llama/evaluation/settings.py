@@ -1,5 +1,6 @@
 """The flags of evaluate.py and generate.py: both use a model that is trained already."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -97,7 +98,6 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
         return self.metric == "perplexity" or (self.metric is None and path.suffix == ".txt")
 
     def checks(self):
-        asked = self.predictions
         has_tasks = self.harness is not None
         generates = self.metric in GENERATING or has_tasks
         of_rows = differing(self, DataSettings) | differing(self, GenerationSettings)
@@ -108,8 +108,10 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
             *super().checks(),
             ("output", "the name of a file", self.output != ""),
             ("predictions", "the name of a file", self.predictions != ""),
-            ("predictions", "another file than --output", not asked or asked != self.output),
-            ("metric", "perplexity for a text file", self.is_text or self.metric is None or not names_text),
+            ("predictions", "another file than --output", not are_same_file(self.predictions, self.output)),
+            ("predictions", "another file than --data", not are_same_file(self.predictions, self.data)),
+            ("output", "another file than --data", not are_same_file(self.output, self.data)),
+            ("metric", "perplexity for a text file", self.metric in (None, "perplexity") or not names_text),
             ("stride", "a text file with --metric perplexity", self.stride is None or self.is_text),
             ("split", "rows with it, and no text file", self.split == "test" or not self.is_text),
             ("stride", "less than --max_length", self.stride is None or self.stride < self.max_length),
@@ -123,6 +125,13 @@ class EvaluationSettings(ModelSettings, DataSettings, GenerationSettings):
             *((name, "no --harness with it, whose tasks say it", not (has_tasks and differs))
               for name, differs in of_rows.items() if name not in OF_TASKS),
         ]  # fmt: skip
+
+
+def are_same_file(path: str | None, other: str | None) -> bool:
+    """Whether both are given and lead to the same file, perhaps by different ways."""
+    if path is None or other is None:
+        return False
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def differing(settings: Settings, kind: type[Settings]) -> dict[str, bool]:

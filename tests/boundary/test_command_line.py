@@ -368,7 +368,11 @@ def test_every_number_among_the_flags_has_a_range(settings):
     (TrainingSettings, {"batch_tokens": 600, "group_by_length": True}, "--batch_tokens 600: expected 0 with --gro"),
     (TrainingSettings, {"batch_tokens": 600, "max_length": 700}, "--batch_tokens 600: expected 0, or --max_length "),
     (EvaluationSettings, {"predictions": "a", "output": "a"}, "--predictions a: expected another file than --output"),
-], ids=["packs by length", "packs too short", "one file for two"])  # fmt: skip
+    (EvaluationSettings, {"predictions": "a", "output": "b/../a"}, "--predictions a: expected another file than --out"),
+    (EvaluationSettings, {"data": "a.jsonl", "output": "./a.jsonl"}, "--output ./a.jsonl: expected another file than"),
+    (EvaluationSettings, {"data": "a.jsonl", "predictions": "a.jsonl"}, "--predictions a.jsonl: expected another file"),
+], ids=["packs by length", "packs too short", "one file for two", "two ways to one file", "result over the data",
+        "predictions over the data"])  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings, flags, message):
     """R7: and each of them alone is fine."""
     with pytest.raises(UserError, match=rf"^example.py: {message}"):
