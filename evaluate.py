@@ -41,6 +41,7 @@ from llama.evaluation.score import sample_indices
 from llama.evaluation.settings import GENERATING
 from llama.evaluation.text_perplexity import TextPerplexity
 from llama.evaluation.written import Written
+from llama.parallel.collectives import fail_together
 from llama.parallel.processes import compute_dtype, join
 from llama.storage.base import Base
 from llama.storage.generation_config import stop_ids
@@ -60,6 +61,9 @@ def main() -> None:
     announce([*base.notes, *adapter_notes(settings.adapter)])
     changes = Changes(settings.quantize, adapter, train_layers="none", adapter_folder=settings.adapter)
     with join() as process:
+        with fail_together("the files of the result"):
+            if process.is_rank_zero:
+                try_files(settings)
         dtype = compute_dtype(settings.dtype, process.device)
         model = open_model(base, changes, process, dtype, whole=metric.generates)
         began = time.perf_counter()
@@ -189,11 +193,25 @@ def describe(settings: EvaluationSettings, metric: str) -> dict:
     }
 
 
-def write(flag: str, path: str, text: str) -> None:
+def try_files(settings: EvaluationSettings) -> None:
+    """Raises UserError now, and not after hours of work, where a file that a flag names cannot be written. Changes no
+    file."""
+    for flag in ("output", "predictions"):
+        path = getattr(settings, flag)
+        if path is None or Path(path).is_fifo():  # whoever reads a pipe would see its end
+            continue
+        is_new = not Path(path).exists()
+        write(flag, path, "", mode="a")
+        if is_new:
+            Path(path).unlink()
+
+
+def write(flag: str, path: str, text: str, mode: str = "w") -> None:
     """Write a file that a flag names. Raises UserError where that is not possible."""
     with as_user_error(f"--{flag} {path}", "a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sharded import this_process
 import evaluate
 from data import hold_out
 from llama.boundary.command_line import run
+from llama.boundary.errors import UserError
 from llama.data.examples import encode_file
 from llama.data.templates import TEMPLATES
 from llama.data.tokenizer_files import load_tokenizer
@@ -109,6 +110,8 @@ def test_the_command_scores_a_file_and_its_predictions_give_the_accuracy_again(
         before, _, after = TEMPLATES["imdb"].source.partition("{text...}")
         assert line["prompt"] == before + rows[i]["text"] + after.partition("[[")[0].removesuffix(" ")
     assert sum(line["prediction"] == line["answer"] for line in lines) / len(lines) == result["accuracy"]
+    again = sum(line["loss"] for line in lines) / sum(line["tokens"] for line in lines)
+    assert again == pytest.approx(result["loss"], rel=1e-12)
 
 
 def test_what_the_models_files_hold_and_nothing_uses_is_announced_on_stderr(
@@ -320,6 +323,24 @@ def test_fields_that_no_prompt_uses_are_told_on_stderr(exported, tmp_path, monke
     assert err == "fields of the rows that are not used: 'stars'"
 
 
+def test_files_of_an_earlier_result_stay_as_they_are_until_there_is_another(
+    exported, reviews, tmp_path, monkeypatch, capsys
+):
+    """Whether they can be written is tried first, without a change to them."""
+    old, new = tmp_path / "old.json", tmp_path / "new.jsonl"
+    old.write_text("kept")
+    seen = []
+
+    def fails(*_, **__):
+        seen.append((old.read_text(), new.exists()))
+        raise UserError("no model")
+
+    monkeypatch.setattr(evaluate, "open_model", fails)
+    status, *_ = command(monkeypatch, capsys, "--model", exported, "--data", reviews, "--template", "imdb",
+                         "--output", old, "--predictions", new)  # fmt: skip
+    assert status == 2 and seen == [("kept", False)]
+
+
 def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     exported, reviews, tmp_path, monkeypatch, capsys
 ):
@@ -339,6 +360,7 @@ def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     result = json.loads(result)
     assert (result["n"], result["without_label"]) == (0, 23) and not {"loss", "accuracy"} & result.keys()
     assert [line.pop("answer") for line in predicted[reviews]] == [WORDS[row["label"]] for row in rows]
+    assert all(line.pop("loss") > 0 and line.pop("tokens") for line in predicted[reviews])
     assert predicted[unlabelled] == predicted[reviews]
     status, _, err = command(monkeypatch, capsys, *common, "--data", unlabelled)
     assert status == 2 and "new.jsonl: 23 of 23 rows cannot be used" in err
@@ -406,12 +428,14 @@ MISTAKES = {
     "tokenizer of another model": (["--model", "{small}"], "the tokenizer has 1280 ids, the model only 1000"),
     "damaged weights": (["--model", "{cut}"], "model.safetensors: not a whole safetensors file"),
     "result cannot be written": (["--output", "{parts}"], "--output {parts}: Is a directory"),
+    "predictions cannot be written": (["--predictions", "{bad}/a"], "--predictions {bad}/a: "),
+    "no such text": (["--data", "nowhere.txt", "--metric", "perplexity"], "--data nowhere.txt: no such file or folder"),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tmp_path, monkeypatch, capsys, case):
-    """R15, R18, R19: found before any scoring, except that a result cannot be written."""
+    """R15, R18, R19: found before any scoring."""
     places = {name: tmp_path / name for name in ("parts", "small", "cut")}
     places |= {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "free")} | {"text": tmp_path / "text.txt"}
     places |= {"other": tmp_path / "rows.xlsx"}
@@ -438,4 +462,4 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(exported, reviews, tm
     # The first five bad rows, and how many there are.
     lines = {"bad row": 2, "words of free text": 2, "too short": 6}.get(case, 1)
     assert status == 2 and len(err.splitlines()) == lines and expected.format(**places) in err.splitlines()[0], err
-    assert not dist.is_initialized() and (not out or case == "result cannot be written")
+    assert not dist.is_initialized() and not out

@@ -84,8 +84,8 @@ class Answers:
                 yield row | {"loss": example.loss, "tokens": example.labels}
 
     def prediction(self, i: int, scored: Scored) -> dict:
-        """The prompt as the model read it, the likeliest answer word, the probability of each, and the right one where
-        the row has it."""
+        """The prompt as the model read it, the likeliest answer word, the probability of each; and where the row has
+        the right one, this word, and the summed loss of its tokens."""
         ids, is_answer = self.data[i]
         of_words = dict(zip(self.names, scored.probabilities, strict=True))
         prediction = max(of_words, key=lambda word: of_words[word])
@@ -97,5 +97,5 @@ class Answers:
         }
         right = self.data.answers[i]
         if right >= 0:
-            found["answer"] = self.names[right]
+            found |= {"answer": self.names[right], "loss": scored.loss, "tokens": scored.labels}
         return found
