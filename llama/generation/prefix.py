@@ -1,10 +1,10 @@
-"""Documents that continue one shared prefix, whose keys and values are computed once.
+"""Documents that all begin with the same prefix, whose keys and values are computed once.
 
     prefix   P P P P                 its keys and values are read from a KV cache
     a                a a             sees P P P P and the earlier tokens of a
     b                    b b b       sees P P P P and the earlier tokens of b
 
-The stream has the tokens a a b b b only, so every linear layer computes T tokens instead of T + P for each document.
+The stream has only the tokens a a b b b, so no linear layer computes the P tokens of the prefix once for each document.
 The logits are those of the whole documents: a token's keys and values depend on itself and on earlier tokens alone.
 """
 
@@ -25,9 +25,9 @@ def read_prefix(model: Llama, ids: Tensor) -> KVCache:
 
 
 class BehindPrefix(PackedDocuments):
-    """The attention context of documents that lie end to end, each behind the prefix that `cache` holds.
+    """The attention context of documents that lie end to end. Each continues the prefix that `cache` holds.
 
-    `lengths` are those of the documents without the prefix. Only for a forward without gradients.
+    `lengths` do not count the prefix. Only for a forward without gradients.
     """
 
     def __init__(self, lengths: list[int], cache: KVCache):
@@ -68,8 +68,8 @@ class BehindPrefix(PackedDocuments):
         return out
 
     def parts(self, dtype: torch.dtype, K: int, group: int) -> list[tuple[int, int, int, Tensor, Tensor]]:
-        """`masked_blocks`, their masks (G * rows, P + S) with zeros for the prefix, which every token sees; and memory
-        for scores (K, G * rows, P + S), the same for all blocks, because memory of their own leaves the CPU's cache."""
+        """`masked_blocks` with masks (G * rows, P + S), which begin with zeros because every token sees the prefix; and
+        memory for the scores (K, G * rows, P + S) of each block. All share it, so it stays in the CPU's cache."""
         if self._parts:
             return self._parts
         masks = []
@@ -85,8 +85,10 @@ class BehindPrefix(PackedDocuments):
         return self._parts
 
     def attend_whole(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        """Each document with the prefix before it, as packed documents, so that a GPU's kernels need nothing new. The
-        prefix's queries are zeros; their output is left out."""
+        """Packed documents that each begin with the prefix, so that a GPU's kernels for these can be used.
+
+        The prefix's queries are zeros, and what is computed for them is dropped.
+        """
         lengths = [self.prefix + length for length in self.lengths]
         whole = PackedDocuments(lengths, self.device)
         is_own = whole.positions >= self.prefix
