@@ -152,9 +152,9 @@ def _with_adapter(settings: OfScript, adapter: Left) -> OfScript:
 
 
 def _with_prompts(settings: OfScript, left: Left) -> OfScript:
-    """The run's template and what else shapes its prompts; another public data set has a template of its own, and a
-    text file has none."""
-    if getattr(settings, "is_text", False):
+    """The run's template and what else shapes its prompts; another public data set has a template of its own, a text
+    file has none, and lm-eval's tasks have theirs."""
+    if getattr(settings, "is_text", False) or getattr(settings, "harness", None) is not None:
         return settings
     defaults = {entry.name: entry.default for entry in fields(settings) if entry.name in HOW_PROMPTS_LOOK}
     data_set = str(getattr(settings, "data", "")).partition(":")[0]

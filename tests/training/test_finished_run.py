@@ -83,6 +83,15 @@ def test_prompts_are_those_of_the_run_where_no_flag_says_otherwise(tmp_path, cap
         from_runs(EvaluationSettings(model=str(tmp_path / "wrong"), data="x"))
 
 
+def test_the_tasks_of_a_harness_are_not_asked_with_the_runs_template(tmp_path, capsys):
+    """They have prompts of their own, and beside a template they would be refused."""
+    run = make_run(tmp_path / "run", "model", data="mine.jsonl", template="mine.txt", max_length=99)
+    asked = EvaluationSettings(model=str(run / "model"), harness="hellaswag")
+    found = from_runs(asked)
+    assert (found.template, found.max_length, found.harness) == (asked.template, asked.max_length, "hellaswag")
+    assert "prompts as in" not in capsys.readouterr().err
+
+
 def test_a_run_that_has_not_ended_gives_its_newest_checkpoint_by_name(tmp_path, capsys):
     run = make_run(tmp_path / "run", None)
     save_checkpoint(run, 1)
