@@ -95,7 +95,10 @@ def test_loss_and_perplexity_are_the_sum_of_losses_over_the_number_of_tokens(ran
             assert metrics == {"loss": pytest.approx(loss, rel=1e-6), "n": 19} and predicted == {}
 
 
-@pytest.mark.parametrize("most_logits", [1, 1280 * 200, 1 << 27], ids=["one at a time", "few together", "all"])
+@pytest.mark.parametrize(
+    "most_logits", [pytest.param(1, marks=SLOW), 1280 * 200, pytest.param(1 << 27, marks=SLOW)],
+    ids=["one at a time", "few together", "all"],
+)  # fmt: skip
 def test_losses_of_single_examples_add_up_to_the_loss(ranks, wordy, most_logits):
     """C51: each example's own loss, however many fit into one forward, and their sum over all ranks."""
     folder, words = wordy

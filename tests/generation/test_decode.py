@@ -358,6 +358,7 @@ def test_sharded_ranks_end_together_when_their_texts_stop_at_different_lengths(r
 # Real models
 
 
+@pytest.mark.slow
 def test_stories260k_writes_the_story_that_transformers_wrote(assets):
     folder = assets / "stories260K"
     reference = json.loads((folder / "reference.json").read_text())
