@@ -6,8 +6,8 @@
     python evaluate.py --model DIR --data wiki.txt --metric perplexity --max_length 1024 --stride 512
     python evaluate.py --model DIR --harness hellaswag,gsm8k
 
-Every example is scored exactly once. The number of ranks and the batch size change it by rounding alone. The result says with
-each number how sure it is: its 95 % interval.
+Every example is scored exactly once. The number of ranks and the batch size change the result by rounding alone. Each
+number has its 95 % interval.
 """
 
 from llama.boundary.command_line import announce, parse, run
