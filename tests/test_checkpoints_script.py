@@ -208,6 +208,7 @@ def test_an_adapters_checkpoint_on_its_base_is_the_adapter_that_it_exports_to(tm
         weights_of(base, quantize="nf4", adapter=read_adapter(weights.parent), adapter_folder=str(weights.parent))
 
 
+@pytest.mark.slow
 def test_an_export_needs_the_weights_that_the_run_began_with(tmp_path, call):
     """R7, R17: another base under the same path, a base that has moved, a name that is taken, a damaged checkpoint."""
     save_run(tmp_path / "tiny", [1])

@@ -175,6 +175,7 @@ def test_a_packed_base_computes_what_its_values_say_and_not_the_original(run):
     assert 0 < abs(int8[0] - plain[0]) < abs(nf4[0] - plain[0]) < 0.5
 
 
+@pytest.mark.slow
 def test_dropout_is_another_run_and_evaluation_is_without_it(run):
     """C39: the losses differ from those without dropout, but not the one before training."""
     plain, dropped = run(1, "plain", **LORA, max_steps=3), run(1, "dropped", **LORA, lora_dropout=0.5, max_steps=3)
@@ -193,6 +194,7 @@ CRASHES = {
 
 
 @pytest.mark.parametrize("case", fast_only("dropout, int8", CRASHES))
+@pytest.mark.slow
 def test_a_crashed_and_resumed_run_equals_the_uninterrupted_one_bitwise(run, case):
     """C48, R1, R25: losses, what was trained, and the moments; dropout is drawn as a function of the step."""
     whole = run(2, "whole", **CRASHES[case])
@@ -237,6 +239,7 @@ def test_a_finished_run_says_so_and_other_settings_of_an_adapter_are_refused_by_
 @pytest.mark.parametrize("changes", [
     pytest.param({"lora_variant": "dora", "quantize": "nf4"}, marks=slow), {"lora_targets": "1.mlp.up_proj"},
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_evaluate_and_a_continued_run_begin_where_the_adapter_ended(
     run, folders, data, tmp_path, monkeypatch, capsys, changes
 ):
@@ -454,6 +457,7 @@ EXPORTED = {
 
 
 @pytest.mark.parametrize("case", fast_only("adapter", EXPORTED))
+@pytest.mark.slow
 def test_the_newest_checkpoint_exports_to_what_the_run_left_and_an_older_one_to_less(run, tmp_path, case):
     """R24: on one process what two have trained, every file of it but the time."""
     changes, result = EXPORTED[case]
@@ -498,6 +502,7 @@ def test_a_tiny_run_of_frozen_layers_exports_with_the_weights_it_drew(ranks, dat
     assert (tmp_path / "exported/model.safetensors").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_an_export_finds_a_base_that_has_moved_and_refuses_nonsense(ranks, folders, data, cache, tmp_path):
     """R7, R14: whose digest is right, too."""
 

@@ -154,6 +154,7 @@ def test_a_crashed_and_resumed_run_of_another_kind_equals_the_uninterrupted_one_
     assert_equal_runs(out, whole, STEPS)
 
 
+@pytest.mark.slow
 def test_a_save_in_the_background_that_a_crash_cuts_short_is_as_if_it_had_never_begun(
     ranks, train, uninterrupted, data, cache, tmp_path
 ):
@@ -181,6 +182,7 @@ def crashing_while_it_saves(cache: Path, chosen: TrainingSettings) -> None:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=slow), 2])
+@pytest.mark.slow
 def test_a_checkpoint_right_after_an_evaluation_holds_the_trained_shards(train, data, tmp_path, size):
     """C48: after a forward without backward FSDP shows whole bf16 copies of weights, which must not be saved."""
     whole, out = tmp_path / "whole", tmp_path / "crashed"
@@ -244,6 +246,7 @@ def training_lines(output: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=slow), 2])
+@pytest.mark.slow
 def test_packs_hold_every_example_once_an_epoch_and_never_more_tokens_than_asked(train, tmp_path, size):
     """C23, C26: counted in what the run wrote down; free answers are scored by their loss alone."""
     path, out = write_questions(tmp_path / "rows.jsonl", 25), tmp_path / "out"
@@ -523,6 +526,7 @@ def test_other_settings_are_refused_by_name_also_by_a_finished_run(train, errors
     assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_only_the_user_goes_back(
     train, errors, uninterrupted, data, tmp_path
 ):
@@ -612,6 +616,7 @@ def dying_at_its_end(cache: Path, chosen: TrainingSettings) -> str:
     return str(died.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_beyond_the_runs_end_is_refused(train, errors, data, tmp_path):
     """R7: fewer steps than are done already."""
     out = tmp_path / "out"

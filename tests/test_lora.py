@@ -371,6 +371,7 @@ def trained(folder: Path, adapter: Adapter, steps: int = 3, mode: bool = True, *
 
 
 @pytest.mark.parametrize("variant", ONE_VARIANT_FAST)
+@pytest.mark.slow
 def test_a_trained_adapter_does_not_depend_on_the_number_of_ranks(ranks, bases, variant):
     """C35: after three steps it equals the 1-process run's; the base has not moved by a bit."""
     adapter = Adapter(4, 8.0, variant=variant)

@@ -36,6 +36,7 @@ def test_every_rank_is_in_one_group_and_returns_its_result(ranks, size):
     pytest.param("die", "exit code 7", 120, marks=pytest.mark.slow),
     ("hang", "no answer after 3 s(.|\\n)*misbehave", 3),  # the time-out itself is what is tested
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_failed_call_says_what_happened_where_and_the_next_call_works(ranks, how, message, timeout):
     assert ranks(2, add_up, 1.0) == [(0, 3.0), (1, 3.0)]  # from here on the ranks are ready to be called
     with pytest.raises(RankFailed, match=message):

@@ -295,6 +295,7 @@ def test_the_prompt_of_a_turn_is_what_it_was_trained_behind(pair):
 
 
 @pytest.mark.parametrize("side", ["right", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_conversation_that_is_too_long_keeps_its_beginning_up_to_the_last_label(pair, side):
     """C16, C17: nothing is taken from the middle, whatever the side; no end of turn behind an answer that was cut;
     nothing behind the last label; None where there is none."""

@@ -163,6 +163,7 @@ PARQUETS = parquet_bytes()
 @given(whole=st.sampled_from(PARQUETS), cut=st.one_of(st.just(0), st.integers(0, 9000)),
        changes=st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 255)), max_size=3),
        renderer=st.sampled_from(RENDERERS))  # fmt: skip
+@pytest.mark.slow
 def test_a_damaged_parquet_file_is_encoded_or_refused_in_words(folder, whole, cut, changes, renderer):
     """R5, R15: cut anywhere, some bytes changed."""
     content = bytearray(whole[: max(0, len(whole) - cut)])

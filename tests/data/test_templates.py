@@ -508,6 +508,7 @@ def cut_by_definition(
 
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.slow
 def test_the_prompt_is_cut_first_from_the_chosen_side_and_then_the_end_of_the_answer(tokenizer, name, side):
     """C16, C17: an answer that was cut has no end token, and no example is without a label."""
     template, outcomes = find(name), set()

@@ -72,6 +72,7 @@ def score_on_rank(path: Path, batch_size: int, max_length: int):
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_options_are_compared_as_lm_eval_does(ranks, quiz, size):
     """C51, C54, C12: acc, acc_norm and acc_bytes for any batch size and number of ranks; the lines give them again."""
     expected = by_definition(ROWS, QUIZ, 64)

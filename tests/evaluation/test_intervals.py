@@ -58,6 +58,7 @@ def test_bootstrap_of_a_ratio_resamples_whole_examples():
     assert (found.low, found.high) == pytest.approx((ratio - half, ratio + half), abs=0.1 * half)
 
 
+@pytest.mark.slow
 def test_bootstrap_of_the_fewest_units_holds_the_truth_in_nine_of_ten_cases_or_more():
     """Of fewer it would hold it in fewer cases, and gives none."""
     rng = np.random.default_rng(11)

@@ -344,6 +344,7 @@ def on_rank(bad_rank: int | None) -> tuple[dict, str]:
 
 
 @pytest.mark.parametrize("bad_rank", [None, pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW)])
+@pytest.mark.slow
 def test_sharded_ranks_end_together_when_their_texts_stop_at_different_lengths(ranks, bad_rank):
     """C45: also when one rank has a prompt that cannot be read. Texts are those of the whole model on one process."""
     model = Llama(CONFIG)

@@ -275,6 +275,7 @@ def losses(kind: str, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("steps, fall, end", [(40, 1.5, 2.4), pytest.param(200, 2, 1.45, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_trained_llama_is_as_good_as_with_32_bits(steps, fall, end):
     """Dettmers et al. 2022: the loss of the last steps within 1 %, on the way within 5 %; the floor is 1.28 nats."""
     ours, theirs = (np.array(losses(kind, steps)).reshape(-1, 20).mean(1) for kind in ("adamw8bit", "adamw"))

@@ -173,6 +173,7 @@ def folder_of_a_run(folder: Path, lines: list[dict], on_prompts: bool = False) -
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_run_that_still_trains_and_compares_several(tmp_path):
     """Its last line is half written."""
     first = folder_of_a_run(tmp_path / "first", CURVES["with accuracy"])

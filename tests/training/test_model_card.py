@@ -92,6 +92,7 @@ def test_the_code_of_a_card_for_answer_words_gives_one_of_them(run, tmp_path, mo
     assert "--template template.txt" in asking and ("--adapter FOLDER" in asking) == bool(changes)
 
 
+@pytest.mark.slow
 def test_an_adapters_card_and_files_are_what_its_merge_needs(run, base, tmp_path, monkeypatch):
     """As PEFT's: the tokenizer's files, a card with library_name peft. Its code loads the base, too."""
     output = run(CHATS, lora_rank=2)

@@ -65,6 +65,7 @@ def told_by(cache: Path, chosen: TrainingSettings) -> str:
     return told.getvalue()
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_longer_on_the_schedule_of_all_its_steps(ranks, data, cache, tmp_path):
     """R7: the refusal names the whole flag; then the rate jumps to that of the longer schedule, and the run says so."""
     out = tmp_path / "out"
