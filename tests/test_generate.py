@@ -2,20 +2,16 @@
 
 import io
 import json
-import os
-import pty
 import sys
-import time
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from select import select
 
 import pytest
 import torch
 import torch.distributed as dist
 from chats import write_base
 from reviews import BUNDLED, CONFIG, plain_model, write_reviews
-from runs import environment, replaced
+from runs import replaced
 from sharded import this_process
 
 import generate
@@ -385,38 +381,3 @@ def test_ranks_share_the_rows_and_their_file_is_that_of_one_process(exported, qu
     assert refused == ["torchrun shares the rows of --prompts; start one process, or add --sharding full"] * 2
     alone = command("--model", exported, "--prompt", "Hi", *FLAGS)[1]
     assert ranks(2, on_a_rank, GenerateSettings(**common, sharding="full", prompt="Hi")) == [alone, ""]
-
-
-@pytest.mark.slow
-def test_a_conversation_at_a_terminal(exported, tmp_path):
-    """Pasted lines are one turn; Ctrl-C at the prompt ends the program; the arrow calls a line back."""
-    pid, screen = pty.fork()
-    if pid == 0:
-        os.environ |= environment(tmp_path / "cache")
-        arguments = [str(ROOT / "generate.py"), "--model", str(exported), "--chat", "--dtype", "float32"]
-        os.execv(sys.executable, [sys.executable, *arguments, "--max_new_tokens", "20"])
-
-    unread = b""
-
-    def until(text: str) -> str:
-        """What comes up to this text; what has come behind it waits for the next call."""
-        nonlocal unread
-        give_up = time.monotonic() + 120
-        while text.encode() not in unread and time.monotonic() < give_up:
-            if select([screen], [], [], 0.5)[0]:
-                unread += os.read(screen, 4096)
-        assert text.encode() in unread, unread
-        seen, found, unread = unread.partition(text.encode())
-        return (seen + found).decode(errors="replace")
-
-    until("> ")
-    os.write(screen, b"one\ntwo\nthree\n")
-    until("three\r\n")
-    assert until("\n> ").count("prompt: ") == 1
-    os.write(screen, b"/undo\n")
-    assert "0 turns are left" in until("\n> ")
-    os.write(screen, b"\x1b[A\n")
-    until("0 turns are left")
-    os.write(screen, b"\x03")
-    until("interrupted")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
