@@ -1,7 +1,7 @@
 """Answers to a few held-out prompts, before training and after it: what a loss looks like as text."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -59,10 +59,9 @@ class Samples:
             }
             self.found.append(sample)
 
-    def _text(self, ids: Iterable[int]) -> str:
-        """The text of an answer. A model may have more ids than its tokenizer; those have no text."""
-        known = [id for id in ids if id < self.tokenizer.vocab_size]
-        return self.tokenizer.decode(known, starts_text=False).strip()
+    def _text(self, ids: Sequence[int]) -> str:
+        """The text of an answer."""
+        return self.tokenizer.decode_new(ids).strip()
 
     def answer(self, model: Llama, process: Process, when: str) -> None:
         """Ask the model, when = "before" or "after". It answers greedily, so no random number is drawn. Ranks share the
