@@ -186,19 +186,18 @@ def reference_of(segments: Sequence[Segment]) -> str | None:
 
 def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of ids as the model reads them, with control tokens by name, except the BOS that begins it."""
-    names = {tokenizer.control_id(name): name for name in tokenizer.control_names}
     text = ""
     starts_text = True
     if list(ids[:1]) == [tokenizer.bos_id]:
         ids = ids[1:]
-    for is_control, group in groupby(ids, key=names.__contains__):
+    for name, group in groupby(ids, key=tokenizer.control_name):
         part = list(group)
-        if is_control:
-            text += "".join(names[id] for id in part)
-            starts_text = part[-1] == tokenizer.bos_id
-        else:
+        if name is None:
             text += tokenizer.decode(part, starts_text)
             starts_text = False
+        else:
+            text += name * len(part)
+            starts_text = part[-1] == tokenizer.bos_id
     return text
 
 

@@ -58,7 +58,7 @@ class Tokenizer(ABC):
         self.notes = facts.notes
         self.spelled = facts.spelled
         self._control = facts.control
-        self._control_ids = set(facts.control.values())
+        self._names = {id: token for token, id in reversed(facts.control.items())}  # of two names the first stays
         self._in_texts = {token.id: token.content for token in facts.in_texts}
         self._splitter = splitter
 
@@ -125,10 +125,10 @@ class Tokenizer(ABC):
         for id in map(int, ids):
             if not 0 <= id < self.vocab_size:
                 raise UserError(f"{self.path}: token id {id}, expected 0 to {self.vocab_size - 1}")
-            if id in self._in_texts and id not in self._control_ids:
+            if id in self._in_texts and id not in self._names:
                 text += self._decode_plain(plain, starts_text and not text) + self._in_texts[id]
                 plain = []
-            elif id not in self._control_ids:
+            elif id not in self._names:
                 plain.append(id)
         return text + self._decode_plain(plain, starts_text and not text)
 
@@ -151,7 +151,7 @@ class Tokenizer(ABC):
 
     def control_name(self, id: int) -> str | None:
         """The text of the control token with this id. None where the id is no control token."""
-        return next((token for token, known in self._control.items() if known == id), None)
+        return self._names.get(id)
 
     def control_id(self, token: str) -> int:
         """The id of the control token of exactly this text, such as "<|im_end|>". Raises UserError for any other."""

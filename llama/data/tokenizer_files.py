@@ -131,7 +131,7 @@ class JsonTokenizer(Tokenizer):
         splitter = _splitter(document, facts, read_settings(file.parent)) if facts.in_texts else None
         super().__init__(facts, splitter)
 
-        spellings = {token for token, id in model["vocab"].items() if id in self._control_ids}
+        spellings = {token for token, id in model["vocab"].items() if id in self._names}
         hidden = facts.control.keys() | spellings
         starting = _without_tokens(document, hidden)
         continuing = dict(starting)
