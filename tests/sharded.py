@@ -1,6 +1,7 @@
 """What tests that run on several ranks share: this process of the test's own group, sharded models, whole tensors."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -35,3 +36,12 @@ def build(
 
 def whole(tensor: torch.Tensor | nn.Parameter) -> torch.Tensor:
     return whole_tensor(tensor).detach().clone()
+
+
+def tensor_process(tensor_ranks: int):
+    """This process in a mesh whose innermost dimension is a tensor group of so many ranks; the others shard."""
+    world_size = dist.get_world_size()
+    shape = (1, world_size // tensor_ranks, tensor_ranks)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    data_rank, tensor_rank = divmod(dist.get_rank(), tensor_ranks)
+    return SimpleNamespace(tensor_ranks=tensor_ranks, tensor_rank=tensor_rank, mesh=mesh, device=torch.device("cpu"))

@@ -14,6 +14,42 @@ from llama.model.sums import sum_of_squares
 from llama.parallel.collectives import gather, is_rank_zero
 
 
+@dataclass(frozen=True)
+class TensorCut:
+    """What tensor parallelism has left of a parameter to this rank: `parameter.tensor_cut`. FSDP then shards that part.
+
+    dim: the dimension that was cut, 0 for rows, 1 for columns; None: every rank of the tensor group holds the whole.
+    start, whole: where the part starts in this dimension, and how long the whole is in it.
+    rank, ranks: this rank in its tensor group, and how many ranks that has.
+    """
+
+    dim: int | None
+    start: int
+    whole: int
+    rank: int
+    ranks: int
+
+
+def tensor_cut(tensor: Tensor) -> TensorCut | None:
+    """None where there is no tensor parallelism."""
+    return getattr(tensor, "tensor_cut", None)
+
+
+def cut_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Mark a gradient or moment as part of a whole, as its parameter is."""
+    tensor.tensor_cut = tensor_cut(parameter)  # type: ignore[attr-defined]
+    return tensor
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole of which this rank holds a part."""
+    shape = list(tensor.shape)
+    cut = tensor_cut(tensor)
+    if cut and cut.dim is not None:
+        shape[cut.dim] = cut.whole
+    return tuple(shape)
+
+
 def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts.
 
@@ -21,6 +57,9 @@ def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
     but it was cut last. (PyTorch's compute_local_shape_and_global_offset is wrong for 9 rows on 4 x 2 ranks.)
     """
     start = [0] * tensor.ndim
+    cut = tensor_cut(tensor)
+    if cut and cut.dim is not None:
+        start[cut.dim] = cut.start
     if not isinstance(tensor, DTensor):
         return tensor.detach(), start
     size = list(tensor.shape)
@@ -56,15 +95,24 @@ class Part:
     @classmethod
     def of(cls, tensor: Tensor) -> "Part":
         local, start = local_slice(tensor)
-        is_writer = is_rank_zero()
-        if isinstance(tensor, DTensor):
-            replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
-            is_writer = all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
-        return cls(tuple(tensor.shape), local, tuple(start), is_writer)
+        return cls(whole_shape(tensor), local, tuple(start), _is_first_holder(tensor))
 
     def copied(self) -> "Part":
         """The same in host memory of its own, so that training may change the original."""
         return replace(self, local=self.local.to("cpu", copy=True))
+
+
+def _is_first_holder(tensor: Tensor) -> bool:
+    """Whether no rank before this one holds the same part."""
+    cut = tensor_cut(tensor)
+    if cut and cut.dim is None and cut.rank > 0:
+        return False
+    if isinstance(tensor, DTensor):
+        replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+        return all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
+    if cut:  # the ranks of a tensor group are neighbours: the first group has the first ranks
+        return dist.get_rank() < cut.ranks
+    return is_rank_zero()
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,7 +162,7 @@ def draw(
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    whole = torch.empty(parameter.shape, dtype=torch.float32)
+    whole = torch.empty(whole_shape(parameter), dtype=torch.float32)
     fill(whole, generator)
     local, start = local_slice(parameter)
     local.copy_(whole[region(start, local)])

@@ -25,7 +25,7 @@ from llama.boundary.foreign import refuse_foreign_file
 from llama.boundary.progress import Progress
 from llama.boundary.untrusted import inside
 from llama.parallel.collectives import fail_together, is_rank_zero, wait_until_visible
-from llama.parallel.shards import Part, local_slice
+from llama.parallel.shards import Part, local_slice, whole_shape
 from llama.storage.layout import DTYPES, FLOATS, Layout, lay_out
 from llama.storage.weight_files import weight_files
 
@@ -60,7 +60,7 @@ class Sink:
             target = local[first : first + len(values)] if local.ndim else local
             target.copy_(values)
 
-        return cls(tuple(tensor.shape), tensor.dtype, tuple(start), tuple(local.shape), put)
+        return cls(whole_shape(tensor), tensor.dtype, tuple(start), tuple(local.shape), put)
 
 
 Accepts = Callable[[str], object]  # True for the name of a tensor that a file may hold although it is not read

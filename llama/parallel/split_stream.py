@@ -1,0 +1,71 @@
+"""The residual stream of T tokens, split over the ranks of a tensor group: each has ceil(T / ranks) of its rows.
+
+    rank 0   row 0  row 1  row 2              T = 5 on 2 ranks
+    rank 1   row 3  row 4  (filled up)        rows that fill up are cut off again when the stream is gathered
+
+Two operations lead from the split stream to the whole one and back. Each is the other's backward:
+
+    gather_rows   every rank gets all rows (all-gather)
+    sum_rows      every rank has a partial sum of all rows, and gets the whole sum of its own rows (reduce-scatter)
+
+A gradient of what every rank holds whole is therefore a partial sum, one term on each rank, until `sum_rows` adds it.
+Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, call this sequence parallelism.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@torch.compiler.disable
+def gather_rows(own: Tensor, group: dist.ProcessGroup, count: int | None = None) -> Tensor:
+    """(ceil(T / ranks), D) on each rank -> the first `count` rows of the whole stream (default: also filled-up ones).
+    Collective, as is its backward."""
+    return _GatherRows.apply(own, group, count)
+
+
+@torch.compiler.disable
+def sum_rows(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(T, D), a term on each rank -> this rank's ceil(T / ranks) rows of the sum. Collective, as is its backward."""
+    return _SumRows.apply(partial, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own: Tensor, group: dist.ProcessGroup, count: int | None) -> Tensor:
+        ctx.group = group
+        return all_gather(own, group)[:count]
+
+    @staticmethod
+    def backward(ctx, d_whole: Tensor):
+        return reduce_scatter(d_whole, ctx.group), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ctx.count = len(partial)
+        return reduce_scatter(partial, group)
+
+    @staticmethod
+    def backward(ctx, d_own: Tensor):
+        return all_gather(d_own, ctx.group)[: ctx.count], None
+
+
+def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same number of rows of each rank, below each other."""
+    whole = own.new_empty(group.size() * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(whole, own.contiguous(), group)
+    return whole
+
+
+def reduce_scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum over ranks, filled up with zeros so that all have the same number."""
+    ranks = group.size()
+    missing = -len(partial) % ranks
+    filled = F.pad(partial, (0, 0, 0, missing)).contiguous()
+    own = partial.new_empty(len(filled) // ranks, *partial.shape[1:])
+    dist.reduce_scatter_tensor(own, filled, group=group)
+    return own

@@ -1,0 +1,250 @@
+"""Tensor parallelism: the ranks of a tensor group compute one layer together, each with its part of every matrix.
+
+One layer on two ranks; what lies on the left is computed by rank 0, on the right by rank 1:
+
+    stream         rows of the first tokens      rows of the last tokens
+    norm                       |                             |
+                               +-------- all-gather ---------+
+    q, k, v              heads 0 and 1                 heads 2 and 3          rows of the weights
+    attention            heads 0 and 1                 heads 2 and 3
+    o_proj               a partial sum                 a partial sum          columns of the weight
+                               +------ reduce-scatter -------+
+    stream + norm              |                             |
+                               +-------- all-gather ---------+
+    gate, up             first features                last features          rows of the weights
+    down_proj            a partial sum                 a partial sum          columns of the weight
+                               +------ reduce-scatter -------+
+    stream         rows of the first tokens      rows of the last tokens
+
+Between a cut by rows and one by columns nothing has to be sent: a head, or a feature, needs no other one. Where a
+weight is whole on each rank (norms), tokens are split instead, so nothing is computed twice.
+Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053; Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198
+
+Each module changes its class instead of being wrapped (FSDP does the same): parameter names stay.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama.boundary.errors import UserError
+from llama.model import Llama
+from llama.model.attention import Attention, AttentionContext
+from llama.model.decoder import DecoderLayer
+from llama.model.mlp import MLP
+from llama.model.quantize import WEIGHTS_PER_SCALE, NF4Linear
+from llama.parallel.processes import Process
+from llama.parallel.shards import TensorCut, local_slice, tensor_cut
+from llama.parallel.split_stream import gather_rows, sum_rows
+from llama.parallel.vocabulary import SplitEmbedding, SplitHead, SplitLlama
+
+
+class GatheringAttention(Attention):
+    """Attention by this rank's heads, over all tokens: x has this rank's rows of the stream."""
+
+    tensor_group: dist.ProcessGroup
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        x = gather_rows(x, self.tensor_group, len(cos))
+        return super().forward(x, cos, sin, context)
+
+
+class GatheringMLP(MLP):
+    """This rank's features of all tokens: x has this rank's rows of the stream."""
+
+    tensor_group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(gather_rows(x, self.tensor_group))
+
+
+class LastLayer(DecoderLayer):
+    """The last layer's output is the whole stream, because the model chooses rows of it."""
+
+    tensor_group: dist.ProcessGroup
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        x = super().forward(x, cos, sin, context)
+        return gather_rows(x, self.tensor_group, len(cos))
+
+
+class SummingLinear(nn.Linear):
+    """A linear that has some columns of its weight: x (T, own columns) -> this rank's rows of the stream (.., out)."""
+
+    tensor_group: dist.ProcessGroup
+    own: range  # its columns
+    whole: int  # how many columns there are
+    dropout: float  # of its adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = super().forward(x)
+        if self.bias is not None and self.tensor_group.rank() > 0:
+            partial = partial - self.bias  # a bias is added once, not by each rank
+        return sum_rows(partial, self.tensor_group)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """An adapter's dropout. All ranks draw the mask of all columns, so that their random numbers stay the same."""
+        mask = F.dropout(x.new_ones(len(x), self.whole), self.dropout, self.training)
+        return x * mask[:, self.own.start : self.own.stop]
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """What DoRA asks an adapter's linear for: the length of each whole row (out), from this rank's columns."""
+        squares = rows.square().sum(dim=1)
+        dist.all_reduce(squares, group=self.tensor_group)
+        return squares.sqrt()
+
+
+ROWS, COLUMNS, WHOLE = 0, 1, None  # the dimension in which a parameter is cut
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of the modules with this name."""
+
+    module: str
+    cut: int | None  # their weight
+    unit: str  # what a rank gets a whole number of: unit i * count // ranks is the first of rank i
+    becomes: type[nn.Module] | None = None  # a class that also does what is said in the last column
+
+
+PLAN = (
+    #   module           weight   a rank has whole ...  new class            what it does besides
+    Row("embed_tokens",  ROWS,    "vocabulary",         SplitEmbedding),      # reduce-scatter at its end
+    Row("self_attn",     WHOLE,   "",                   GatheringAttention),  # all-gather at its start
+    Row("q_proj",        ROWS,    "key/value heads"),
+    Row("k_proj",        ROWS,    "key/value heads"),
+    Row("v_proj",        ROWS,    "key/value heads"),
+    Row("o_proj",        COLUMNS, "key/value heads",    SummingLinear),       # reduce-scatter at its end
+    Row("mlp",           WHOLE,   "",                   GatheringMLP),        # all-gather at its start
+    Row("gate_proj",     ROWS,    "features"),
+    Row("up_proj",       ROWS,    "features"),
+    Row("down_proj",     COLUMNS, "features",           SummingLinear),       # reduce-scatter at its end
+    Row("lm_head",       ROWS,    "vocabulary",         SplitHead),           # gathers the logits that are asked for
+)  # fmt: skip
+
+# How the parameters of a linear are cut.
+PARAMETERS = {
+    #                              weight cut by rows   by columns
+    "weight":                       (ROWS,              COLUMNS),
+    "bias":                         (ROWS,              WHOLE),
+    "weight_absmax":                (ROWS,              COLUMNS),  # of 64 weights of a row, in nf4
+    "weight_scale":                 (ROWS,              WHOLE),    # of a row, in int8 and nf4
+    "lora_A.weight":                (WHOLE,             COLUMNS),  # y = B A x: A has the columns of the weight
+    "lora_B.weight":                (ROWS,              WHOLE),    # and B its rows
+    "lora_magnitude_vector.weight": (ROWS,              WHOLE),
+}  # fmt: skip
+
+
+def cut(model: Llama, process: Process) -> None:
+    """Leave to this rank its part of a model on the meta device, in place. A tensor group of one rank has all of it.
+
+    Call it after `quantize`, adapters and freezing, and before compiling, activation checkpointing and FSDP. Raises
+    UserError for a model that so many ranks cannot share.
+    """
+    group = process.mesh["tensor"].get_group()
+    if group.size() == 1:
+        return
+    counts = unit_counts(model, group.size())
+    for name, module in list(model.named_modules()):
+        for row in PLAN:
+            if row.module == name.rpartition(".")[2]:
+                follow(row, name, module, counts.get(row.unit, 1), group)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    become(model.layers[-1], LastLayer, tensor_group=group)
+    whole = TensorCut(WHOLE, 0, 0, group.rank(), group.size())
+    cuts = {name: tensor_cut(parameter) or whole for name, parameter in model.named_parameters()}
+    heads = share(model.config.num_key_value_heads, counts["key/value heads"], group)
+    become(model, SplitLlama, tensor_group=group, tensor_cuts=cuts, key_value_heads=len(heads))
+
+
+def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
+    """How many units there are to share. Raises UserError where there are fewer than ranks."""
+    config = model.config
+    is_packed = any(isinstance(module, NF4Linear) for module in model.modules())
+    counts = {
+        "key/value heads": config.num_key_value_heads,
+        "features": config.intermediate_size // (WEIGHTS_PER_SCALE if is_packed else 1),
+        "vocabulary": config.vocab_size,
+    }
+    for unit, count in counts.items():
+        if count < ranks:
+            what = f"{unit} in blocks of {WEIGHTS_PER_SCALE}" if is_packed and unit == "features" else unit
+            raise UserError(f"--tensor_parallel {ranks}: the model has {count} {what}, expected at least {ranks}")
+    return counts
+
+
+def share(whole: int, count: int, group: dist.ProcessGroup) -> range:
+    """This rank's indices of a dimension of `whole` numbers that has `count` units of the same size."""
+    size = whole // count
+    first = group.rank() * count // group.size()
+    end = (group.rank() + 1) * count // group.size()
+    return range(first * size, end * size)
+
+
+def follow(row: Row, name: str, module: nn.Module, count: int, group: dist.ProcessGroup) -> None:
+    """Do to one module what a row of the plan says. `count`: of the row's units."""
+    about: dict = {"tensor_group": group}
+    if row.cut is not WHOLE:
+        cut_parameters(name, module, row.cut, count, group)
+        size = "num_embeddings" if isinstance(module, nn.Embedding) else ("out_features", "in_features")[row.cut]
+        about["whole"] = getattr(module, size)
+        about["own"] = share(about["whole"], count, group)
+        about[size] = len(about["own"])
+    become(module, row.becomes, **about)
+
+
+def cut_parameters(name: str, module: nn.Module, cut: int, count: int, group: dist.ProcessGroup) -> None:
+    """Replace the parameters of a module, and of its adapter, by this rank's parts of them."""
+    for key, parameter in list(module.named_parameters()):
+        dim = PARAMETERS[key][cut]
+        if dim is WHOLE:
+            continue
+        whole = parameter.shape[dim]
+        if whole % count:
+            problem = f"{name}.{key} has {whole} columns, which do not divide into {count} groups of heads"
+            raise UserError(f"--tensor_parallel {group.size()}: {problem}; --quantize int8 can be cut there")
+        own = share(whole, count, group)
+        values = torch.empty_like(parameter.narrow(dim, own.start, len(own)))
+        part = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        part.tensor_cut = TensorCut(dim, own.start, whole, group.rank(), group.size())  # type: ignore[attr-defined]
+        path, _, last = key.rpartition(".")
+        setattr(module.get_submodule(path), last, part)
+
+
+def become(module: nn.Module, kind: type[nn.Module] | None, **attributes) -> None:
+    """Give a module the behaviour of `kind` on top of its own, and these attributes."""
+    if kind:
+        base = type(module)
+        # A linear with an adapter, or with packed weights, gets a class that inherits from both.
+        module.__class__ = kind if issubclass(kind, base) else type(f"{kind.__name__}{base.__name__}", (kind, base), {})
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def mark(model: Llama) -> None:
+    """Say on each parameter which part it is, after FSDP and `to_empty`, which both make new parameters."""
+    if isinstance(model, SplitLlama):
+        for name, parameter in model.named_parameters():
+            parameter.tensor_cut = model.tensor_cuts.get(name)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def sum_shared_gradients(model: Llama, process: Process) -> None:
+    """Add up the gradients of the parameters that are whole on every rank of the tensor group: norms, some biases and
+    halves of adapters. Each rank has the term of its own tokens, heads or features. Collective, after the backward."""
+    gradients = []
+    for parameter in model.parameters():
+        cut = tensor_cut(parameter)
+        if parameter.grad is not None and cut and cut.dim is WHOLE:
+            gradients.append(local_slice(parameter.grad)[0])
+    if not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together, group=process.mesh["tensor"].get_group())
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, total in zip(gradients, together.split(sizes), strict=True):
+        gradient.copy_(total.view_as(gradient))

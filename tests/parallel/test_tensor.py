@@ -1,0 +1,100 @@
+"""A model shared by the ranks of a tensor group against the same model in one process."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from sharded import tensor_process
+from test_parallel import slow
+
+from llama.model import Llama, ModelConfig, PackedDocuments
+from llama.parallel.collectives import gather
+from llama.parallel.shards import Part, region
+from llama.parallel.tensor import cut, mark, sum_shared_gradients
+from llama.storage.pretrained import initialize_weights
+
+# Neither 2 nor 4 ranks divide 97 ids, 42 features or 23 tokens; 5 groups of heads are shared 2 + 3 and 1 + 1 + 1 + 2.
+UNTIED = ModelConfig(vocab_size=97, hidden_size=30, intermediate_size=42, num_hidden_layers=2, num_attention_heads=10,
+                     num_key_value_heads=5, head_dim=6, attention_bias=True, mlp_bias=True, initializer_range=0.2)
+TIED = replace(UNTIED, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+CONFIGS = {"untied": UNTIED, "tied": TIED}
+LENGTHS = [9, 3, 11]
+
+
+def set_biases(model: Llama) -> None:
+    """Biases that are not 0, as initialize_weights leaves them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                part = Part.of(parameter)
+                values = torch.linspace(-1, 1, part.shape[0], dtype=parameter.dtype)
+                part.local.copy_(values[region(part.start, part.local)])
+
+
+def loss_of(model: Llama) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(97, (sum(LENGTHS),), generator=generator)
+    rows = torch.tensor([0, 1, 5, 10, 11, 19, 20, 21])
+    return model(tokens, PackedDocuments(LENGTHS), rows, tokens[rows + 1]) / 8
+
+
+def assembled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole of every tensor from the parts that ranks would write. Collective."""
+    whole: dict[str, torch.Tensor] = {}
+    for parts in gather({name: Part.of(tensor) for name, tensor in tensors.items()}):
+        for name, part in parts.items():
+            if part.is_writer:
+                target = whole.setdefault(name, torch.full(part.shape, torch.nan, dtype=part.local.dtype))
+                target[region(part.start, part.local)] = part.local
+    return whole
+
+
+def gradients_of(model: Llama) -> dict[str, torch.Tensor]:
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients[name] = parameter.grad
+        gradients[name].tensor_cut = getattr(parameter, "tensor_cut", None)
+    return assembled(gradients)
+
+
+def step(config: ModelConfig, dtype: torch.dtype, tensor_ranks: int) -> tuple[float, dict]:
+    """Loss and gradients. Without FSDP, so that nothing but tensor parallelism can go wrong."""
+    process = tensor_process(tensor_ranks)
+    with torch.device("meta"):
+        model = Llama(config)
+    cut(model, process)
+    model.to_empty(device="cpu")
+    mark(model)
+    initialize_weights(model, seed=0)
+    set_biases(model)
+    model.to(dtype)
+    mark(model)
+    loss = loss_of(model)
+    loss.backward()
+    sum_shared_gradients(model, process)
+    return float(loss.detach()), gradients_of(model)
+
+
+@cache
+def expected(config: ModelConfig) -> tuple[float, dict]:
+    model = Llama(config)
+    initialize_weights(model, seed=0)
+    set_biases(model)
+    loss = loss_of(model.double())
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks_of_group", [2, slow(4)])
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), slow(torch.float32, 2e-6)])
+def test_a_tensor_group_computes_the_loss_and_gradients_of_one_process(ranks, kind, dtype, tolerance, ranks_of_group):
+    their_loss, their_gradients = expected(CONFIGS[kind])
+    largest = max(float(gradient.abs().max()) for gradient in their_gradients.values())
+    for loss, gradients in ranks(ranks_of_group, step, CONFIGS[kind], dtype, ranks_of_group):
+        assert loss == pytest.approx(their_loss, rel=tolerance)
+        assert gradients.keys() == their_gradients.keys()
+        for name, gradient in gradients.items():
+            error = (gradient - their_gradients[name]).abs().max()
+            assert error <= tolerance * largest, (name, error)
