@@ -75,9 +75,10 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """||W + s B A|| of each row (out), fp32."""
-        low = self.lora_A.weight.float()
-        return row_lengths(torch.addmm(self.base_weight().float(), self.lora_B.weight.float(), low, alpha=self.scaling))
+        """||W + s B A|| of each row (out), fp32 (fp64 for an adapter in fp64)."""
+        dtype = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
+        low = self.lora_A.weight.to(dtype) * self.scaling
+        return row_lengths(torch.addmm(self.base_weight().to(dtype), self.lora_B.weight.to(dtype), low))
 
     def base_weight(self) -> Tensor:
         """W (out, in)."""

@@ -85,7 +85,7 @@ def shard(
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
         # Gradients are summed over ranks in fp32: the sum of many bf16 numbers would lose the small ones.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     if mesh.size() == 1 and not cpu_offload:
