@@ -1,7 +1,7 @@
 """What one rank holds of a tensor: which slice, where it lies in the whole, and how to fill it."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,32 +50,51 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def what_is_left(shape: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
+    """Where a part of a tensor starts, and its size, after one cut after the other. Pure arithmetic: no process group.
+
+    A cut (dim, ranks, rank) divides one dimension into as many chunks as there are ranks, all of the same size, rounded
+    up, and keeps the chunk of this rank: as `torch.chunk`, so the last chunks can be smaller or empty.
+    """
+    start, size = [0] * len(shape), list(shape)
+    for dim, ranks, rank in cuts:
+        chunk = -(-size[dim] // ranks)
+        before = min(rank * chunk, size[dim])
+        start[dim] += before
+        size[dim] = min(chunk, size[dim] - before)
+    return start, size
+
+
 def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts.
 
     FSDP over tensor parallelism (only in the tests) cuts a tensor twice: placements list FSDP's _StridedShard first,
     but it was cut last. (PyTorch's compute_local_shape_and_global_offset is wrong for 9 rows on 4 x 2 ranks.)
     """
-    start = [0] * tensor.ndim
+    cuts: list[tuple[int, int, int]] = []
+    if isinstance(tensor, DTensor):
+        cuts = _cuts_of(tensor)
+    start, size = what_is_left(tensor.shape, cuts)
+    with torch.no_grad():
+        local = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    if list(local.shape) != size:
+        raise ValueError(f"a part of {list(tensor.shape)} is {list(local.shape)}, not {size}")
     cut = tensor_cut(tensor)
     if cut and cut.dim is not None:
-        start[cut.dim] = cut.start
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), start
-    size = list(tensor.shape)
-    cuts = [(i, placement) for i, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
-    strided = [cut for cut in cuts if hasattr(cut[1], "split_factor")]
-    plain = [cut for cut in cuts if cut not in strided]
-    for i, placement in plain + strided[::-1]:
-        chunk = -(-size[placement.dim] // tensor.device_mesh.size(i))
-        before = min(tensor.device_mesh.get_local_rank(i) * chunk, size[placement.dim])
-        start[placement.dim] += before
-        size[placement.dim] = min(chunk, size[placement.dim] - before)
-    with torch.no_grad():
-        local = tensor.to_local().detach()
-    if list(local.shape) != size:
-        raise ValueError(f"{tensor.placements} of {list(tensor.shape)} gives {list(local.shape)}, not {size}")
+        start[cut.dim] += cut.start
     return local, start
+
+
+def _cuts_of(tensor: DTensor) -> list[tuple[int, int, int]]:
+    """Its cuts in the order in which they were made, for `what_is_left`."""
+    plain: list[tuple[int, int, int]] = []
+    strided: list[tuple[int, int, int]] = []
+    mesh = tensor.device_mesh
+    for i, placement in enumerate(tensor.placements):
+        if hasattr(placement, "dim"):
+            order = strided if hasattr(placement, "split_factor") else plain
+            order.append((placement.dim, mesh.size(i), mesh.get_local_rank(i)))
+    return plain + strided[::-1]
 
 
 def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:

@@ -51,9 +51,8 @@ class Sink:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Sink":
-        """Copies into a tensor, plain or DTensor, in place."""
-        if tensor.is_meta:
-            raise ValueError("a tensor on the meta device: give the model memory with to_empty first")
+        """Copies into a tensor, plain or DTensor, in place. One on the meta device takes what it is given and keeps
+        nothing: a plan of what would be read."""
         local, start = local_slice(tensor)
 
         def put(first: int, values: Tensor) -> None:
@@ -80,6 +79,8 @@ def read_tensors(
     """
     sinks = {}
     for name, target in tensors.items():
+        if isinstance(target, Tensor) and target.is_meta:
+            raise ValueError(f"{name} is on the meta device: give the model memory with to_empty first")
         sinks[name] = target if isinstance(target, Sink) else Sink.of(target)
     with ExitStack() as stack:
         found = _matching(sinks, folder, stem, allow_unexpected, stack)
