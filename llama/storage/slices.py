@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from llama.boundary.progress import Progress
 from llama.boundary.untrusted import inside
 from llama.parallel.collectives import fail_together, is_rank_zero, wait_until_visible
 from llama.parallel.shards import Part, local_slice, whole_shape
-from llama.storage.layout import DTYPES, FLOATS, Layout, lay_out
+from llama.storage.layout import DTYPES, FLOATS, Layout, blocks_of, lay_out_parts
 from llama.storage.weight_files import weight_files
 
 COPIED_AT_ONCE = 8 * 2**20  # bytes converted and copied at a time: what a rank needs in memory beside its shard
@@ -207,13 +206,10 @@ def write_tensors(
     given. On return all is on disk. Raises UserError, on every rank, if any rank cannot write or a file exists already.
     """
     folder = Path(folder)
-    parts, shapes, dtypes = {}, {}, {}
+    parts = {}
     for name, source in tensors.items():
-        part = source if isinstance(source, Part) else Part.of(source)
-        parts[name] = part
-        shapes[name] = part.shape
-        dtypes[name] = dtype if dtype and part.local.is_floating_point() else part.local.dtype
-    layout = lay_out(shapes, dtypes, stem, max_file_bytes)
+        parts[name] = source if isinstance(source, Part) else Part.of(source)
+    layout = lay_out_parts(parts, stem, dtype, max_file_bytes)
     with fail_together(folder, group):  # every file has its full size before any rank writes into it
         if is_rank_zero():
             _create(folder, layout, stem)
@@ -252,38 +248,11 @@ def _fill(folder: Path, layout: Layout, parts: dict[str, Part]) -> None:
 
 
 def _write_part(file, part: Part, dtype: torch.dtype, begin: int) -> None:
-    """Write this rank's part of a tensor that begins at byte `begin` of the file.
-
-    A tensor lies in the file row after row. A part that was cut by rows is one run of numbers in the file; a part that
-    was cut by columns is one run in each row:
-
-        by rows   . . . . . .        by columns   . . # # . .
-                  # # # # # #                     . . # # . .
-                  # # # # # #                     . . # # . .
-                  . . . . . .                     . . # # . .
-    """
-    local, shape = part.local, part.shape
-    if not local.numel():
-        return
-    # Runs are counted through all dimensions before the last one that is cut.
-    cuts = [i for i in range(local.ndim) if local.shape[i] != shape[i]]
-    last_cut = max(cuts, default=0)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    first_number = sum(start * stride for start, stride in zip(part.start, strides, strict=True))
-    steps = []
-    for n, stride in zip(local.shape[:last_cut], strides, strict=False):
-        steps.append(range(0, n * stride, stride))
-    run_starts = [first_number + sum(offsets) for offsets in product(*steps)]
-    runs = local.reshape(len(run_starts), -1)
-    # Convert and write a block of several short runs, or a piece of a long one, at a time.
-    width = min(runs.shape[1], COPIED_AT_ONCE // dtype.itemsize)
-    height = COPIED_AT_ONCE // (width * dtype.itemsize)
-    for top in range(0, len(run_starts), height):
-        for left in range(0, runs.shape[1], width):
-            block = runs[top : top + height, left : left + width].to("cpu", dtype).contiguous()
-            starts = run_starts[top : top + height]
-            for data, start in zip(block.view(torch.uint8).numpy(), starts, strict=True):
-                _write_at(file, data, begin + (start + left) * dtype.itemsize)
+    """Write this rank's part of a tensor that begins at byte `begin` of the file. Converts one block at a time."""
+    for block, starts in blocks_of(part, COPIED_AT_ONCE // dtype.itemsize):
+        converted = block.to("cpu", dtype).contiguous()
+        for data, start in zip(converted.view(torch.uint8).numpy(), starts, strict=True):
+            _write_at(file, data, begin + start * dtype.itemsize)
 
 
 def _write_at(file, data, position: int) -> None:

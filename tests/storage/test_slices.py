@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from llama.boundary.errors import UserError
 from llama.storage import slices
-from llama.storage.slices import DTYPES, Sink, lay_out, read_tensors
+from llama.storage.layout import DTYPES, lay_out
+from llama.storage.slices import Sink, read_tensors
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (0, 4), "e": (2, 2, 2), "f": (9,)}
 KINDS = {"a": torch.float32, "b": torch.uint8, "c": torch.bfloat16, "d": torch.float16, "e": torch.int64,
