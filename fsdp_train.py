@@ -35,6 +35,7 @@ from llama.evaluation.score import answer_ids, evaluate
 from llama.model import Llama
 from llama.parallel.collectives import fail_together
 from llama.parallel.distribute import distribute, on_meta
+from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, join
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
@@ -74,12 +75,14 @@ class Run:
 
 
 def main() -> None:
-    settings = parse(TrainingSettings, description=__doc__).with_recipe(launch().world_size)
+    asked, launched = parse(TrainingSettings, description=__doc__), launch()
+    shape = mesh_shape(asked.sharding, asked.tensor_parallel, launched.world_size, launched.local_world_size)
+    settings = asked.with_recipe(shape.data_ranks)
     try:
         task: Task | UserError = read(settings)
     except UserError as error:  # raised after join(): if this rank left now, the others would wait in join() for it
         task = error
-    with join() as process, ExitStack() as locks:
+    with join(settings.sharding, settings.tensor_parallel) as process, ExitStack() as locks:
         with fail_together(settings.data):
             if isinstance(task, UserError):
                 raise task
@@ -138,15 +141,8 @@ def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
     """The sharded model with its weights, and its optimizer. The order of these calls cannot be changed."""
     model = on_meta(task.base.config)  # shapes without memory
     task.changes.apply(model)  # quantised linears, adapters, frozen parts
-    distribute(  # each rank gets memory for its own slices
-        model,
-        process,
-        plan.dtype,
-        reshard_after_forward=settings.sharding == "full",
-        activation_checkpointing=settings.activation_checkpointing == "full",
-        compile=settings.compile,
-        cpu_offload=settings.cpu_offload,
-    )
+    recompute, offload = settings.activation_checkpointing, settings.cpu_offload
+    distribute(model, process, plan.dtype, settings.sharding, recompute, settings.compile, offload)
     task.base.load(model, settings.seed)  # each rank reads its own slices
     task.changes.load(model, settings.seed)
     optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
@@ -209,25 +205,27 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     """
     settings, process, model, examples = current.settings, current.process, current.model, current.task.examples
     # Seeding dropout anew in each step means that a checkpoint need not hold the state of the random generators.
-    dropout_seed = np.random.SeedSequence((settings.seed, step, process.rank)).generate_state(1)[0]
+    dropout_seed = np.random.SeedSequence((settings.seed, step, process.data_rank)).generate_state(1)[0]
     torch.manual_seed(int(dropout_seed))
-    micro_batches = current.plan.schedule.micro_batches(step)  # of all ranks; rank r takes r, r + world_size, ...
+    micro_batches = current.plan.schedule.micro_batches(step)
     indices = [i for micro_batch in micro_batches for i in micro_batch]
     labels = int(examples.label_counts[indices].sum())
     if labels == 0:
         raise UserError(f"--data {settings.data}: examples {indices[:5]} ... of one step hold no label")
-    mine = micro_batches[process.rank :: process.world_size]
+    mine = micro_batches[process.data_rank :: process.data_ranks]
     total = torch.zeros((), dtype=torch.float64, device=process.device)
     for i, micro_batch in enumerate(mine):
         batch = pack(examples, micro_batch, process.device)
-        # Gradients can be summed over ranks after every micro-batch, or once, after the last.
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(not settings.defer_gradient_sync or i == len(mine) - 1)
+            is_last = i == len(mine) - 1
+            # Gradients can be summed over the mesh's "shard" after every micro-batch, or once, after the last.
+            model.set_requires_gradient_sync(is_last or not settings.defer_gradient_sync)
+            model.set_requires_all_reduce(is_last)  # over its "replicate" once: earlier would save no memory
         loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
-        # FSDP averages gradients over ranks, but the loss is a sum over ranks: hence the factor world_size.
-        (loss * (process.world_size / labels)).backward()
+        # FSDP averages gradients over data ranks, but the loss is a sum over them: hence the factor data_ranks.
+        (loss * (process.data_ranks / labels)).backward()
         total += loss.detach()
-    torch.distributed.all_reduce(total)
+    process.sum_over_data_ranks(total)
     norm = gradient_norm(model)
     if norm.isfinite():  # otherwise run_steps raises UserError
         clip_gradients(model, norm, settings.max_grad_norm)

@@ -125,7 +125,7 @@ def run(folder: str, method: str, tokens: int) -> None:
         before = resident("VmRSS")
         model = on_meta(base.config)
         changes.apply(model)
-        distribute(model, process, torch.bfloat16, activation_checkpointing=True)
+        distribute(model, process, torch.bfloat16, activation_checkpointing="full")
         base.load(model)
         changes.load(model)
         optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from sharded import this_process
+from sharded import this_launch, this_process
 
 import fsdp_train
 from llama.boundary.errors import UserError
@@ -73,7 +73,11 @@ def train_here(
         return real(current, step)
 
     curve = {} if draw else {"draw": lambda *_: None}
-    joined = {"parse": lambda *_, **__: chosen, "join": lambda: nullcontext(this_process())}
+    joined = {
+        "parse": lambda *_, **__: chosen,
+        "launch": lambda: this_launch(chosen.sharding),
+        "join": lambda *asked: nullcontext(this_process(*asked)),
+    }
     with replaced(fsdp_train, train_step=train_step, **joined), replaced(curves, **curve):
         try:
             fsdp_train.main()

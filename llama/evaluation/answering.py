@@ -109,7 +109,7 @@ class Rows:
         settings = self.asked.settings
         process = self.asked.process
         missing = [number for number in range(len(self.prompts)) if number not in self.answers]
-        mine = missing[process.rank :: process.world_size]
+        mine = missing[process.data_rank :: process.data_ranks]
         requests = []
         listeners = []
         for number in mine:

@@ -135,7 +135,7 @@ class Harness(TemplateLM):
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """The text that continues each context, up to the first of its stop strings."""
-        mine = range(self.process.rank, len(requests), self.process.world_size)
+        mine = range(self.process.data_rank, len(requests), self.process.data_ranks)
         asked = Counter[str]()
         prompts = []
         until = []

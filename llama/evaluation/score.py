@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llama.boundary.errors import UserError
@@ -64,9 +63,9 @@ def own_batches(indices: Sequence[int], lengths: np.ndarray, process: Process, b
 
     Every rank runs the same number of forwards, because FSDP gathers weights inside each, which is collective.
     """
-    rounds = -(-len(indices) // (batch_size * process.world_size))
-    batches = deal(indices, lengths, rounds * process.world_size, batch_size)
-    return batches[process.rank :: process.world_size]
+    rounds = -(-len(indices) // (batch_size * process.data_ranks))
+    batches = deal(indices, lengths, rounds * process.data_ranks, batch_size)
+    return batches[process.data_rank :: process.data_ranks]
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
@@ -111,7 +110,7 @@ def evaluate(
             sums[1] += len(batch.targets)
             sums[3] += len(part)
     sums += _sums_of(found.values(), words is not None).to(process.device)
-    dist.all_reduce(sums)
+    process.sum_over_data_ranks(sums)
     return _metrics(words is not None, *sums.tolist()), found
 
 

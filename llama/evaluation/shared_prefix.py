@@ -48,7 +48,7 @@ class Packer:
         self.data = data
         self.cache = None
         shared = shared_length(data, indices)
-        saved = shared * (len(indices) // process.world_size - 1)  # tokens of each rank
+        saved = shared * (len(indices) // process.data_ranks - 1)  # tokens of each rank
         if shared >= SHORTEST and saved >= LEAST_SAVED:
             ids = torch.from_numpy(data[indices[0]][0][:shared].astype(np.int64))
             self.cache = read_prefix(model, ids.to(self.device))

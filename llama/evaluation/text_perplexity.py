@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from llama.boundary.errors import UserError
 from llama.boundary.progress import Progress
@@ -106,8 +105,8 @@ class TextPerplexity:
         stream = self.windows()
         with Progress("evaluating", "windows", silent=not process.is_rank_zero) as progress:
             # Every rank reads all windows and takes part in every forward, so that FSDP can gather weights inside it.
-            while part := list(islice(stream, together * process.world_size)):
-                mine = slice(process.rank, None, process.world_size)
+            while part := list(islice(stream, together * process.data_ranks)):
+                mine = slice(process.data_rank, None, process.data_ranks)
                 own = part[mine]
                 examples = in_memory([window.example() for window in own])
                 batch = pack(examples, range(len(own)), process.device)
@@ -117,7 +116,7 @@ class TextPerplexity:
                 scored.extend(window.scored for window in part)
                 progress.update(len(part))
         found = torch.tensor(losses, dtype=torch.float64, device=process.device)
-        dist.all_reduce(found)
+        process.sum_over_data_ranks(found)
         return self._outcome(found.tolist(), list(scored))
 
     def _outcome(self, losses: list[float], scored: list[int]) -> Outcome:

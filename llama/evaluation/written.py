@@ -97,7 +97,7 @@ class Written:
 
     def answers(self, model: Llama, process: Process) -> list[Answer]:
         """The answer to each prompt. Each rank has the whole model and writes its share: no rank waits for another."""
-        mine = range(process.rank, len(self.requests), process.world_size)
+        mine = range(process.data_rank, len(self.requests), process.data_ranks)
         own: dict[int, Answer] = {}
         requests = [self.requests[i] for i in mine]
         fast = lay_out(model, self.batch_size * self.settings.num_beams)

@@ -33,8 +33,8 @@ def distribute(
     model: Llama,
     process: Process,
     dtype: torch.dtype,
-    reshard_after_forward: bool = True,
-    activation_checkpointing: bool = False,
+    sharding: str = "full",
+    activation_checkpointing: str = "none",
     compile: bool = False,
     cpu_offload: bool = False,
 ) -> None:
@@ -48,10 +48,10 @@ def distribute(
     for layer in model.layers:
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        if activation_checkpointing:
+        if activation_checkpointing == "full":
             forget_activations(layer)
     offload = cpu_offload and process.device.type != "cpu"  # without a GPU everything is in the host's memory anyway
-    shard(model, process.mesh, dtype, reshard_after_forward, offload)
+    shard(model, process.mesh, dtype, sharding, offload)
     model.to_empty(device="cpu" if offload else process.device)
 
 
@@ -71,25 +71,24 @@ def forget_activations(layer: nn.Module) -> None:
     layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
 
 
-def shard(
-    model: Llama, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool, cpu_offload: bool = False
-) -> None:
+def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, sharding: str, cpu_offload: bool = False) -> None:
     """FSDP2: each rank keeps a slice of every weight, and a layer is whole only while it computes.
 
-    Before a layer's forward its slices are gathered from all ranks; in the backward its gradients are averaged over the
-    ranks, and each rank keeps its slice of them. With reshard_after_forward the gathered weights are freed after the
-    forward and gathered again (ZeRO-3); without, they stay until the backward (ZeRO-2): more memory, fewer messages.
-    Zhao et al. 2023, https://arxiv.org/abs/2304.11277
+    Before a layer's forward its slices are gathered over the mesh's "shard". In the backward its gradients are averaged
+    over "shard" and "replicate", and each rank keeps its slice of them. Gathered weights are freed after the forward
+    and gathered again (ZeRO-3), or with "grad" stay until the backward (ZeRO-2): more memory, fewer messages. Where
+    "shard" is 1 (zero1, none), a slice is the whole weight. Zhao et al. 2023, https://arxiv.org/abs/2304.11277
     """
+    replicate, slices, _ = mesh.shape
     how: dict = {
-        "mesh": mesh,
-        "reshard_after_forward": reshard_after_forward,
+        "mesh": mesh["shard"] if replicate == 1 else mesh["replicate", "shard"],
+        "reshard_after_forward": sharding != "grad",
         # Gradients are summed over ranks in fp32: the sum of many bf16 numbers would lose the small ones.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
-    if mesh.size() == 1 and not cpu_offload:
-        # One rank has nothing to share, and frozen weights are in `dtype` already: FSDP would copy them twice a step.
+    if slices == 1 and not cpu_offload:
+        # Whole frozen weights are in `dtype` already and have no gradients: FSDP would only copy them twice a step.
         how["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for layer in model.layers:
         fully_shard(layer, **how)

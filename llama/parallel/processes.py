@@ -11,10 +11,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama.boundary.errors import UserError
 from llama.boundary.launch import TORCHRUN, Launch, launch
+from llama.parallel.collectives import gather
+from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
@@ -22,7 +25,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Process:
-    """This process: its rank from 0 to world_size - 1, its device, and the mesh of all processes."""
+    """This process: its rank from 0 to world_size - 1, its device, and the mesh of all processes (mesh.py)."""
 
     rank: int
     world_size: int
@@ -35,13 +38,40 @@ class Process:
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
+    @property
+    def tensor_ranks(self) -> int:
+        """How many ranks compute each layer together, on the same data."""
+        return self.mesh.shape[-1]
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """How many shares the data are dealt into: one for each group of tensor ranks."""
+        return self.world_size // self.tensor_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these shares is this rank's."""
+        return self.rank // self.tensor_ranks
+
+    def sum_over_data_ranks(self, tensor: Tensor) -> None:
+        """Replace what each rank has found on its share of the data by the sum of all shares. Collective."""
+        if self.tensor_rank > 0:  # the first of its group has found the same on the same share
+            tensor.zero_()
+        dist.all_reduce(tensor)
+
 
 @contextmanager
-def join() -> Iterator[Process]:
-    """Join the other processes that torchrun started, or stand alone where there is no torchrun.
+def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
+    """Join the other processes that torchrun started, or stand alone where there is no torchrun. The arguments say how
+    the processes are arranged (mesh.py).
 
     CUDA and NCCL where there are GPUs, CPU and gloo where there are none. Says so when some of torchrun's variables are
-    set although torchrun has not started this. Raises UserError when a node has more processes than GPUs.
+    set although torchrun has not started this. Raises UserError when a node has more processes than GPUs, and when the
+    processes cannot be arranged so.
     """
     launched = launch()
     device = _own_device(launched)
@@ -61,8 +91,8 @@ def join() -> Iterator[Process]:
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)
     leave = True
     try:
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-        yield Process(rank, world_size, device, mesh, store)
+        shape = mesh_shape(sharding, tensor_parallel, world_size, launched.local_world_size)
+        yield Process(rank, world_size, device, _mesh(device, shape), store)
     except (Exception, KeyboardInterrupt) as error:
         # Only a UserError is known to have reached all ranks. After any other error this process just ends: the others
         # notice that it is gone, and by then its traceback has been printed, before theirs.
@@ -74,6 +104,18 @@ def join() -> Iterator[Process]:
             # gloo's threads may still hold tensors of the last collective, and a process that ends at this moment is
             # aborted ("terminate called without an active exception"): 5 of 8 short runs on 4 ranks, none with this.
             time.sleep(0.2)
+
+
+def _mesh(device: torch.device, shape: MeshShape) -> DeviceMesh:
+    """All ranks in this shape. Raises UserError, on every rank, where they do not agree on it. Collective."""
+    shapes = gather(shape)
+    for rank, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise UserError(
+                f"ranks 0 and {rank} would form meshes of {tuple(shapes[0])} and {tuple(other)} ranks; expected the "
+                "same flags, and as many processes, on every node"
+            )
+    return init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS)
 
 
 def _own_device(launched: Launch) -> torch.device:

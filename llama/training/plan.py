@@ -64,7 +64,7 @@ def make_plan(
     schedule = Schedule(
         examples.lengths,
         settings.epochs,
-        settings.gradient_accumulation_steps * process.world_size,
+        settings.gradient_accumulation_steps * process.data_ranks,
         settings.batch_size,
         settings.batch_tokens,
         settings.group_by_length,

@@ -94,7 +94,7 @@ class Report:
             (output / "summary.json").unlink(missing_ok=True)  # of a finished run that now goes on
             resolved = self._resolved_settings()
             self.answers = len(data.template.answers)
-            imbalance = self.plan.schedule.imbalance(self.process.world_size)
+            imbalance = self.plan.schedule.imbalance(self.process.data_ranks)
             self.about = {
                 "version": __version__,
                 "settings": resolved,

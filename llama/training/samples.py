@@ -68,7 +68,7 @@ class Samples:
         prompts. Collective. Raises UserError on every rank if a score is NaN or infinite."""
         if not self.requests:
             return
-        mine = range(process.rank, len(self.requests), process.world_size)
+        mine = range(process.data_rank, len(self.requests), process.data_ranks)
         deadline = time.monotonic() + LONGEST_WAIT
         requests = [replace(self.requests[i], on_token=lambda _: time.monotonic() > deadline) for i in mine]
         texts: dict[int, str] = {}

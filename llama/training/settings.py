@@ -123,9 +123,13 @@ class WhereToTrain(Settings):
     )
     sharding: str | None = setting(
         None,
-        "full: a layer's weights are gathered twice a step, grad: once, and kept; full, for tiny "
-        f"{TINY_RECIPE['sharding']}",
-        choices=("full", "grad"),
+        "what each rank keeps only a slice of. full: weights, which are gathered twice a step, gradients and optimizer "
+        "state; grad: the same, gathered once; zero1: optimizer state; none: nothing; hybrid: as full inside a node, "
+        f"each node has a copy; full, for tiny {TINY_RECIPE['sharding']}",
+        choices=("full", "grad", "zero1", "hybrid", "none"),
+    )
+    tensor_parallel: int = setting(
+        1, "so many neighbouring ranks compute each layer together, on the same examples", at_least=1
     )
     cpu_offload: bool = setting(False, "on a GPU: keep weights and optimizer in the host's memory")
     defer_gradient_sync: bool = setting(
@@ -249,7 +253,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
         targets = tuple(self.lora_targets.split(","))
         return Adapter(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_variant, targets)
 
-    def with_recipe(self, ranks: int) -> "FilledSettings":
+    def with_recipe(self, data_ranks: int) -> "FilledSettings":
         """Fill what was left open: as for a pretrained model, or as for a new one."""
         recipe: dict = {
             "epochs": 1.0,
@@ -260,7 +264,7 @@ class TrainingSettings(WhatToTrain, HowToTrain, WhereToTrain, WhatToKeep, DataSe
             "eval_every": 0,
         }
         if self.model == "tiny":
-            micro_batches = ranks * self.gradient_accumulation_steps
+            micro_batches = data_ranks * self.gradient_accumulation_steps
             recipe = TINY_RECIPE | {"batch_size": max(1, TINY_EXAMPLES_PER_STEP // micro_batches)}
         filled = {name: value for name, value in recipe.items() if getattr(self, name) is None}
         return FilledSettings(**vars(self) | filled)

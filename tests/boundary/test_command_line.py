@@ -207,7 +207,7 @@ TRAINING_FLAGS = DATA_FLAGS + """
     model adapter quantize train_layers lora_rank lora_alpha lora_dropout lora_targets lora_variant train_on_prompt
     epochs max_steps batch_size batch_tokens group_by_length gradient_accumulation_steps
     learning_rate lr_schedule warmup_ratio optimizer beta2 weight_decay max_grad_norm seed
-    dtype sharding cpu_offload defer_gradient_sync activation_checkpointing compile
+    dtype sharding tensor_parallel cpu_offload defer_gradient_sync activation_checkpointing compile
     output eval_every eval_limit sample_prompts save_every save_minutes async_save keep_checkpoints
     resume allow_changed log_every track config
 """

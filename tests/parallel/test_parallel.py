@@ -58,8 +58,8 @@ class Data:
 
 def step_on(settings: TrainingSettings, model, indices: list[int]) -> tuple[float, float, dict]:
     """`train_step` on these examples, dealt to micro-batches as the schedule does."""
-    process, examples = this_process(), Data()
-    parts = settings.gradient_accumulation_steps * process.world_size
+    process, examples = this_process(settings.sharding or "full", settings.tensor_parallel), Data()
+    parts = settings.gradient_accumulation_steps * process.data_ranks
     micro_batches = deal(indices, examples.lengths, parts, settings.batch_size)
     schedule = SimpleNamespace(micro_batches=lambda step: micro_batches)
     run = SimpleNamespace(settings=settings, process=process, model=model, task=SimpleNamespace(examples=examples),
@@ -67,8 +67,9 @@ def step_on(settings: TrainingSettings, model, indices: list[int]) -> tuple[floa
     return train_step(run, 0)
 
 
-def built(config: ModelConfig = TIED, dtype: torch.dtype = torch.float32, **options) -> Llama:
-    model = build(config, this_process(), dtype, **options)
+def built(config: ModelConfig = TIED, dtype: torch.dtype = torch.float32, tensor_parallel=1, **options) -> Llama:
+    process = this_process(options.get("sharding", "full"), tensor_parallel)
+    model = build(config, process, dtype, **options)
     initialize_weights(model, seed=0)
     return model
 
@@ -245,8 +246,8 @@ def test_fsdp_on_one_rank_is_bitwise_the_plain_model(ranks, config):
 
 
 @pytest.mark.parametrize("options, dtype", [
-    ({"activation_checkpointing": True}, torch.float32), ({"reshard_after_forward": False}, torch.bfloat16),
-    slow({"activation_checkpointing": True}, torch.bfloat16), slow({"reshard_after_forward": False}, torch.float32),
+    ({"activation_checkpointing": "full"}, torch.float32), ({"sharding": "grad"}, torch.bfloat16),
+    slow({"activation_checkpointing": "full"}, torch.bfloat16), slow({"sharding": "grad"}, torch.float32),
 ], ids=str)  # fmt: skip
 def test_what_saves_or_spends_memory_changes_no_bit(ranks, options, dtype):
     """C36: activation checkpointing, and keeping gathered weights until the backward, on two ranks."""
@@ -269,7 +270,7 @@ def norms_computed(**options) -> int:
 def test_activation_checkpointing_computes_each_layer_twice(ranks):
     """Or it would save nothing: two norms a layer, and the last norm once."""
     assert ranks(1, norms_computed) == [5]
-    assert ranks(1, norms_computed, activation_checkpointing=True) == [9]
+    assert ranks(1, norms_computed, activation_checkpointing="full") == [9]
 
 
 class Collectives(TorchDispatchMode):
@@ -307,7 +308,7 @@ def test_deferring_the_gradient_sync_reduces_once_a_step_to_the_same_gradients(r
 def test_without_resharding_weights_are_gathered_only_once_a_micro_batch(ranks):
     """Settings "full" (ZeRO-3) gathers a unit for the forward and again for the backward, "grad" (ZeRO-2) once."""
     counts, _ = ranks(2, collectives, SETTINGS)[0]
-    kept, _ = ranks(2, collectives, SETTINGS, reshard_after_forward=False)[0]
+    kept, _ = ranks(2, collectives, SETTINGS, sharding="grad")[0]
     assert kept["_allgather_base_"] == 2 * 3 and counts["_allgather_base_"] == 2 * 2 * 3
     assert kept["_reduce_scatter_base_"] == counts["_reduce_scatter_base_"]
 
@@ -378,8 +379,8 @@ def names(**options) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("options", [
-    {"activation_checkpointing": True}, slow({}), slow({"reshard_after_forward": False}), slow({"compile": True}),
-    slow({"compile": True, "activation_checkpointing": True}),
+    {"activation_checkpointing": "full"}, slow({}), slow({"sharding": "grad"}), slow({"compile": True}),
+    slow({"compile": True, "activation_checkpointing": "full"}),
 ], ids=str)
 def test_names_are_those_of_the_plain_model_whatever_is_applied_to_it(ranks, options):
     """C33: no `_orig_mod.`, no wrapper in what is saved."""

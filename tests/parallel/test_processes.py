@@ -16,14 +16,13 @@ def left(monkeypatch) -> list[str]:
     """Rank 9 of two 8-GPU nodes, without any of them; who has left the group."""
     said = []
     for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "here"),
-                        ("MASTER_PORT", "29500")):
+                        ("MASTER_PORT", "29500"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 9, 16)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("goodbye"))
     monkeypatch.setattr(processes, "name_of_attempt", lambda *_: "first")
-    monkeypatch.setattr(processes, "init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setattr(processes, "_mesh", lambda *_: None)
     return said
 
 

@@ -340,7 +340,7 @@ def test_a_disk_that_fails_at_any_call_leaves_the_older_checkpoints_and_is_repor
 def late_reader(folder: Path) -> tuple[list[str], set[int]]:
     """Rank 1 sees every new file late, as on a disk shared by machines: only when it asks for the third time."""
     process, asked = this_process(), Counter()
-    model = fully_shard(small_model(), mesh=process.mesh)
+    model = fully_shard(small_model(), mesh=process.mesh["shard"])
 
     def late(path) -> bool:
         asked[path] += 1
@@ -423,7 +423,7 @@ def test_what_kept_a_background_save_is_warned_of_at_once_and_raised_by_the_next
 def in_background_on_ranks(folder: Path) -> None:
     """Collectives of the training go on while the shards are written."""
     process = this_process()
-    model = fully_shard(small_model(), mesh=process.mesh)
+    model = fully_shard(small_model(), mesh=process.mesh["shard"])
     optimizer, saver = build_adamw(model, 0.1, 0.0), Saver(folder, 1, in_background=True)
     for step in range(1, 4):
         saver.save(step, training_state(model, optimizer), {}, {}, {})

@@ -69,7 +69,7 @@ def test_several_files_of_weights_and_their_index_are_on_disk(tmp_path):
 
 
 def forced_to_disk(folder: Path) -> list[str]:
-    mesh = this_process().mesh
+    mesh = this_process().mesh["shard"]
     sharded = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in TENSORS.items()}
     with Disk() as disk:
         write_tensors(sharded, folder, max_file_bytes=1000)

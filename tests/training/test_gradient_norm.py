@@ -54,7 +54,7 @@ def sharded_norm(rows: int, kind: str) -> float:
     process = this_process()
     with torch.device("meta"):
         model = nn.Linear(COLUMNS, rows, bias=False)
-    fully_shard(model, mesh=process.mesh)
+    fully_shard(model, mesh=process.mesh["shard"])
     model.to_empty(device="cpu")
     gradient = torch.zeros_like(model.weight)
     chunk = -(-rows // process.world_size)
@@ -92,7 +92,7 @@ def norms_of_what_is_not_sharded() -> tuple[float, float]:
     whole = torch.arange(12.0).view(4, 3)
     model.weight.grad = whole
     plain = float(gradient_norm(model))
-    mesh = this_process().mesh
+    mesh = this_process().mesh["shard"]
     model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
     model.weight.grad = DTensor.from_local(whole, mesh, [Replicate()])
     return plain, float(gradient_norm(model))

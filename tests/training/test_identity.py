@@ -39,7 +39,8 @@ UNDER_ANOTHER_NAME = {
 SAME_NUMBERS = "how the same numbers are computed"
 RECORDS = "what is written beside the weights, and when; no number of the run depends on it"
 FREE = {
-    "sharding": SAME_NUMBERS, "cpu_offload": SAME_NUMBERS, "defer_gradient_sync": SAME_NUMBERS,
+    "sharding": SAME_NUMBERS, "tensor_parallel": SAME_NUMBERS, "cpu_offload": SAME_NUMBERS,
+    "defer_gradient_sync": SAME_NUMBERS,
     "activation_checkpointing": SAME_NUMBERS, "compile": SAME_NUMBERS,
     "output": RECORDS, "eval_every": RECORDS, "save_every": RECORDS, "async_save": RECORDS, "keep_checkpoints": RECORDS,
     "log_every": RECORDS, "sample_prompts": RECORDS, "save_minutes": RECORDS, "track": RECORDS,
@@ -61,7 +62,7 @@ def settings(output: Path, **changes) -> TrainingSettings:
 
 
 def planned(chosen: TrainingSettings, world_size: int = 1, **about_data) -> Plan:
-    process = SimpleNamespace(world_size=world_size, device=SimpleNamespace(type="cpu"), store=None)
+    process = SimpleNamespace(data_ranks=world_size, device=SimpleNamespace(type="cpu"), store=None)
     examples = type("Examples", (), {"lengths": np.arange(10, 50), "__len__": lambda self: 40})()
     adapter = None if chosen.adapter else chosen.asked_adapter()
     data = {"template": "imdb", "fingerprint": "1", "bundled_sample": False} | about_data
@@ -113,7 +114,8 @@ def test_ranks_and_micro_batches_may_change_if_the_global_batch_does_not(tmp_pat
 
 
 @pytest.mark.parametrize("name, value", [
-    ("sharding", "grad"), ("cpu_offload", True), ("defer_gradient_sync", True), ("activation_checkpointing", "full"),
+    ("sharding", "grad"), ("tensor_parallel", 2), ("cpu_offload", True),
+    ("defer_gradient_sync", True), ("activation_checkpointing", "full"),
     ("compile", True), ("eval_every", 5), ("save_every", 5), ("async_save", True), ("keep_checkpoints", -1),
     ("log_every", 5), ("sample_prompts", 0),
 ])  # fmt: skip
