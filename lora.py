@@ -63,7 +63,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
         base = super().forward(x)
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        dropped = self.drop(x) if self.dropout else x
         low = self.lora_A(dropped) * self.scaling  # (T, r)
         y = torch.addmm(base, low, self.lora_B.weight.t())
         if self.lora_magnitude_vector is None:
@@ -73,28 +73,26 @@ class LoRALinear(nn.Linear):
         ratio = length_ratio(magnitude, self.row_norms().to(magnitude.dtype))
         return y * ratio if self.bias is None else y + (ratio - 1) * (y - self.bias)  # the bias is not scaled
 
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W + s B A|| of each row (out), fp32 (fp64 for an adapter in fp64)."""
+        weight = self.base_weight() if isinstance(self, QuantizedLinear) else self.weight
         dtype = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
         low = self.lora_A.weight.to(dtype) * self.scaling
-        return row_lengths(torch.addmm(self.base_weight().to(dtype), self.lora_B.weight.to(dtype), low))
+        return self.lengths(torch.addmm(weight.to(dtype), self.lora_B.weight.to(dtype), low))
 
-    def base_weight(self) -> Tensor:
-        """W (out, in)."""
-        return self.weight
+    lengths = staticmethod(row_lengths)  # tensor parallelism replaces it where a rank has some columns only
 
 
 class LoRAInt8Linear(LoRALinear, Int8Linear):
     """An adapter over a frozen linear of 8 bits a weight."""
 
-    base_weight = Int8Linear.base_weight  # not LoRALinear's, which comes first in the class order
-
 
 class LoRANF4Linear(LoRALinear, NF4Linear):
     """An adapter over a frozen linear of 4 bits a weight (QLoRA)."""
-
-    base_weight = NF4Linear.base_weight
 
 
 WITH_ADAPTER = {nn.Linear: LoRALinear, Int8Linear: LoRAInt8Linear, NF4Linear: LoRANF4Linear}
@@ -139,7 +137,6 @@ def apply_adapter(model: Llama, adapter: Adapter) -> None:
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """The linears with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -158,7 +155,8 @@ def initialize_adapter(model: nn.Module, seed: int) -> None:
         draw(linear.lora_A.weight, name, seed, uniform)
         local_slice(linear.lora_B.weight)[0].zero_()
         if linear.lora_magnitude_vector is not None:
-            local_slice(linear.lora_magnitude_vector.weight)[0].copy_(row_lengths(_local_rows(linear).float()))
+            magnitude = local_slice(linear.lora_magnitude_vector.weight)[0]
+            magnitude.copy_(linear.lengths(_local_rows(linear).float()))
 
 
 def _local_rows(linear: LoRALinear) -> Tensor:

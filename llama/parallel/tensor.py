@@ -90,6 +90,7 @@ class SummingLinear(nn.Linear):
         mask = F.dropout(x.new_ones(len(x), self.whole), self.dropout, self.training)
         return x * mask[:, self.own.start : self.own.stop]
 
+    @torch.compiler.disable
     def lengths(self, rows: Tensor) -> Tensor:
         """What DoRA asks an adapter's linear for: the length of each whole row (out), from this rank's columns."""
         squares = rows.square().sum(dim=1)

@@ -14,7 +14,7 @@ from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig
 from llama.model.quantize import QuantizedLinear
 from llama.parallel.collectives import fail_together, is_rank_zero
-from llama.parallel.shards import draw, local_slice, sharded_parameters
+from llama.parallel.shards import draw, local_slice, sharded_parameters, whole_shape
 from llama.storage.atomic import atomic_folder
 from llama.storage.companions import NO_COMPANIONS, Companions
 from llama.storage.slices import Sink, read_tensors, tensor_names, write_tensors
@@ -61,17 +61,19 @@ def superfluous_names(config: ModelConfig) -> Callable[[str], object]:
 
 
 def _packing_sink(linear: QuantizedLinear) -> Sink:
-    """Takes the rows of a quantised linear, and packs each as it comes."""
+    """Takes the rows of a quantised linear, and packs each as it comes. A scale is that of a whole row, so a rank that
+    keeps some columns reads whole rows, too."""
     packed = {name: local_slice(tensor) for name, tensor in linear.packed_weight().items()}
     weight, (first_row, _) = packed["weight"]
 
     def put(first: int, rows: Tensor) -> None:
         for name, values in linear.quantize_rows(rows.to(weight.device)).items():
-            local, _ = packed[name]
-            local[first : first + len(rows)] = values
+            local, (_, left) = packed[name]
+            local[first : first + len(rows)] = values[:, left : left + local.shape[1]]
 
-    shape, size = (linear.out_features, linear.in_features), (len(weight), linear.in_features)
-    return Sink(shape, torch.float32, (first_row, 0), size, put)
+    out_features, width = whole_shape(linear.weight)
+    in_features = linear.in_features * width // linear.weight.shape[1]  # of the whole; nf4 packs two into a byte
+    return Sink((out_features, in_features), torch.float32, (first_row, 0), (len(weight), in_features), put)
 
 
 def initialize_weights(model: Llama, seed: int) -> None:

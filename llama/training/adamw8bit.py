@@ -10,12 +10,17 @@ number.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+
+from llama.boundary.errors import UserError
+from llama.parallel.collectives import gather
+from llama.parallel.shards import cut_as, tensor_cut, whole_shape
 
 NUMBERS_PER_SCALE = 256
 SMALL = 4096  # parameters of fewer numbers, and all but matrices, keep fp32 moments: these cost little
@@ -60,8 +65,9 @@ class Moment:
     Both are sharded as the parameter is."""
 
     def __init__(self, parameter: Tensor, signed: bool):
-        self.code = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
-        blocks = -(-parameter.shape[1] // NUMBERS_PER_SCALE)
+        code = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
+        self.code = cut_as(code, parameter)
+        blocks = _blocks(parameter.shape[1])
         local = _local(parameter)
         absmax = torch.zeros(len(local), blocks, device=local.device)
         if isinstance(parameter, DTensor):
@@ -73,8 +79,12 @@ class Moment:
                 shape=torch.Size((parameter.shape[0], blocks)),
                 stride=(blocks, 1),
             )
-        self.absmax = absmax
+        self.absmax = cut_as(absmax, parameter)
         self.signed = signed
+        cut = tensor_cut(parameter)
+        if cut and cut.dim == 1:  # a block is never cut: `refuse_cut_blocks`
+            in_blocks = replace(cut, start=cut.start // NUMBERS_PER_SCALE, whole=_blocks(cut.whole))
+            self.absmax.tensor_cut = in_blocks  # type: ignore[attr-defined]
 
     def read(self, rows: slice) -> Tensor:
         """fp32 values of some of this rank's rows."""
@@ -123,10 +133,10 @@ class AdamW8bit(torch.optim.Optimizer):
         """The tensors of a parameter's two moments, by name; zeros before its first step."""
         state = self.state[parameter]
         if not state:
-            small = parameter.ndim != 2 or parameter.numel() < SMALL
+            small = parameter.ndim != 2 or math.prod(whole_shape(parameter)) < SMALL
             for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
                 if small:
-                    state[name] = torch.zeros_like(parameter, requires_grad=False)
+                    state[name] = cut_as(torch.zeros_like(parameter, requires_grad=False), parameter)
                 else:
                     state[name] = Moment(parameter, signed)
             state["step"] = torch.tensor(0.0)
@@ -173,6 +183,22 @@ class AdamW8bit(torch.optim.Optimizer):
             for name, values in (("exp_avg", mean), ("exp_avg_sq", square)):
                 if isinstance(state[name], Moment):
                     state[name].write(rows, values)
+
+
+def refuse_cut_blocks(model: nn.Module) -> None:
+    """Raises UserError, on every rank, if tensor parallelism cuts a matrix inside a block of columns. Collective."""
+    problems = []
+    for name, parameter in model.named_parameters():
+        cut = tensor_cut(parameter)
+        if parameter.requires_grad and cut and cut.dim == 1 and cut.start % NUMBERS_PER_SCALE:
+            problems.append(f"{name} is cut at column {cut.start}, expected a multiple of {NUMBERS_PER_SCALE}")
+    found = [problem for of_rank in gather(problems) for problem in of_rank]
+    if found:
+        raise UserError(f"--optimizer adamw8bit: {found[0]}, because so many numbers share a scale; use adamw")
+
+
+def _blocks(columns: int) -> int:
+    return -(-columns // NUMBERS_PER_SCALE)
 
 
 def _read(moment: Moment | Tensor, rows: slice) -> Tensor:

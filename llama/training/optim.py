@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llama.parallel.shards import sum_of_squares_over_ranks
-from llama.training.adamw8bit import AdamW8bit
+from llama.parallel.shards import cut_as, sum_of_squares_over_ranks
+from llama.training.adamw8bit import AdamW8bit, refuse_cut_blocks
 
 COSINE_END = 0.1  # a cosine schedule ends at this part of its peak
 
@@ -42,6 +42,8 @@ def build_adamw(
     Weight decay pulls matrices towards 0. Norm scales and biases need not be small, so they do not decay. Call this
     after sharding, before any forward: only then are model.parameters() the fp32 shards that AdamW must update.
     """
+    if kind == "adamw8bit":
+        refuse_cut_blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -52,7 +54,7 @@ def build_adamw(
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """sqrt of the sum of all squared gradients over all shards, a scalar in their dtype, the same on every rank."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # a tied weight is one of them
+    gradients = [cut_as(p.grad, p) for p in model.parameters() if p.grad is not None]  # a tied weight is one of them
     return sum_of_squares_over_ranks(gradients).sqrt().to(gradients[0].dtype)
 
 

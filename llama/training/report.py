@@ -1,6 +1,7 @@
 """What a run reports: on the screen, in run.json, metrics.jsonl, loss.png and summary.json. Only rank 0 reports."""
 
 import json
+import math
 import platform
 import resource
 import time
@@ -20,6 +21,7 @@ from llama.model import Llama
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together, from_rank_zero
 from llama.parallel.processes import Process
+from llama.parallel.shards import whole_shape
 from llama.storage.base import Base
 from llama.storage.checkpoint import set_aside
 from llama.storage.companions import NO_COMPANIONS, Companions
@@ -129,7 +131,7 @@ class Report:
             self.tracker.log(line)
 
     def _introduce(self, model: nn.Module, resolved: dict, notes: list[str], imbalance: float) -> None:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
         packed = bytes_per_weight(model)
         packed_text = f"; frozen linears at {packed:.3f} bytes a weight" if packed else ""
         self.say(f"{trained:,} trainable parameters{packed_text}")

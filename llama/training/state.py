@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.boundary.errors import UserError
-from llama.parallel.shards import all_finite, sharded_parameters
+from llama.parallel.shards import all_finite, cut_as, sharded_parameters
 from llama.storage.checkpoint import Saver, load_checkpoint
 from llama.storage.manifest import Manifest, verify
 from llama.training.adamw8bit import AdamW8bit
@@ -41,7 +41,7 @@ def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.opti
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment not in moments:
                     moments[moment] = torch.zeros_like(parameter, requires_grad=False)
-            moments = {moment: moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            moments = {moment: cut_as(moments[moment], parameter) for moment in ("exp_avg", "exp_avg_sq")}
         tensors |= {f"{name}.{key}": tensor for key, tensor in moments.items()}
     return tensors
 
