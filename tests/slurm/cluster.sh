@@ -40,7 +40,7 @@ configure() {
     read -r controller node1 node2 <<< "$(free_ports 3 | xargs)"
     dd if=/dev/urandom of="$folder/munge.key" bs=128 count=1 2> /dev/null
     chmod 400 "$folder/munge.key"
-    { cat /etc/hosts; echo "127.0.0.1 n1 n2"; } > "$folder/hosts"
+    { cat /etc/hosts; printf "127.0.1.1 n1\n127.0.1.2 n2\n"; } > "$folder/hosts"
     cat > "$folder/slurm.conf" << END
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
