@@ -37,6 +37,7 @@ from llama.parallel.collectives import fail_together
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, join
+from llama.parallel.tensor import sum_shared_gradients
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
 from llama.storage.peft import save_adapter
@@ -226,6 +227,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
         (loss * (process.data_ranks / labels)).backward()
         total += loss.detach()
     process.sum_over_data_ranks(total)
+    sum_shared_gradients(model, process)
     norm = gradient_norm(model)
     if norm.isfinite():  # otherwise run_steps raises UserError
         clip_gradients(model, norm, settings.max_grad_norm)

@@ -1,8 +1,8 @@
 """Shard an ordinary model over all ranks with FSDP2. The code in llama/model has no parallelism in it.
 
-The order is fixed: shapes on the meta device -> quantised linears, adapters -> frozen weights to `dtype` -> compile
-each layer -> checkpoint its activations -> shard each layer, then the rest -> allocate the shards -> load the weights.
-The same code runs on any number of ranks, also on one. There is no tensor parallelism.
+The order is fixed: shapes on the meta device -> quantised linears, adapters -> frozen weights to `dtype` -> what other
+tensor ranks compute is cut away (tensor.py) -> compile each layer -> checkpoint its activations -> shard each layer,
+then the rest -> allocate the shards -> load the weights. The same code runs on any number of ranks, also on one.
 """
 
 from functools import partial
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from llama.model import Llama, ModelConfig
+from llama.parallel import tensor
 from llama.parallel.processes import Process
 
 
@@ -45,6 +46,7 @@ def distribute(
     get no updates: they are stored in `dtype`. With cpu_offload, slices and optimizer state are in the host's memory.
     """
     keep_frozen_in(dtype, model)
+    tensor.cut(model, process)
     for layer in model.layers:
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -53,6 +55,7 @@ def distribute(
     offload = cpu_offload and process.device.type != "cpu"  # without a GPU everything is in the host's memory anyway
     shard(model, process.mesh, dtype, sharding, offload)
     model.to_empty(device="cpu" if offload else process.device)
+    tensor.mark(model)
 
 
 def keep_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
