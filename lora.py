@@ -156,7 +156,7 @@ def initialize_adapter(model: nn.Module, seed: int) -> None:
         local_slice(linear.lora_B.weight)[0].zero_()
         if linear.lora_magnitude_vector is not None:
             magnitude = local_slice(linear.lora_magnitude_vector.weight)[0]
-            magnitude.copy_(linear.lengths(_local_rows(linear).float()))
+            magnitude.copy_(linear.lengths(_local_rows(linear).to(magnitude.dtype)))
 
 
 def _local_rows(linear: LoRALinear) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from llama.boundary.untrusted import read_json
 from llama.model import Llama, ModelConfig, PackedDocuments
-from llama.parallel.shards import local_slice, region
+from llama.parallel.shards import local_slice, region, whole_shape
 from llama.storage import pretrained
 from llama.storage.base import config_from_json, config_to_json
 from llama.storage.peft import Adapter, load_adapter, read_adapter, save_adapter
@@ -66,7 +66,7 @@ def shake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     for parameter in [p for p in model.parameters() if p.requires_grad]:
         local, start = local_slice(parameter)
-        noise = torch.randn(parameter.shape, generator=generator)[region(start, local)]
+        noise = torch.randn(whole_shape(parameter), generator=generator)[region(start, local)]
         local.add_(noise / 10 if parameter.ndim == 2 else noise * local / 5)
 
 

@@ -14,6 +14,7 @@ from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 from llama.parallel.processes import Process
 from llama.parallel.shards import whole_tensor
+from llama.parallel.tensor import cut, mark
 
 
 def this_launch(sharding: str | None = "full") -> Launch:
@@ -57,3 +58,16 @@ def whole(tensor: torch.Tensor | nn.Parameter) -> torch.Tensor:
 def tensor_process(tensor_ranks: int) -> Process:
     """This process in a mesh whose innermost dimension is a tensor group of so many ranks; the others shard."""
     return this_process("full", tensor_ranks)
+
+
+def build_shared(
+    config: ModelConfig, tensor_ranks: int, dtype: torch.dtype, change: Callable[[Llama], object] = lambda model: None
+) -> Llama:
+    """As `build`, by tensor groups of so many ranks; FSDP shards what each of them has over the others."""
+    process = tensor_process(tensor_ranks)
+    model = on_meta(config)
+    change(model)
+    cut(model, process)
+    distribute(model, process, dtype)
+    mark(model)
+    return model

@@ -38,7 +38,7 @@ class Batch:
         self.next_logits = next_logits or model.logits
         self.positions = model.config.max_position_embeddings
         self.device = device_of(model)
-        self.cache = KVCache(model.config, self.device)
+        self.cache = KVCache.of(model, self.device)
         self.texts: list[Growing] = []  # of each row in the cache
         self.newest: list[int] = []  # the last token of each row, which the cache does not have yet
         self.remember = remember

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama.model import ModelConfig, PackedDocuments
+from llama.model import Llama, ModelConfig, PackedDocuments
 
 BLOCK = 256  # positions by which the tensors grow
 VIEW_BLOCK = 64  # a step reads a multiple of this many positions: kernels prefer round sizes, and shapes change rarely
@@ -33,16 +33,22 @@ QUERIES = 128  # tokens behind cached ones whose attention is computed at once
 class KVCache:
     """Keys and values of texts that grow, and the attention context of the newest token of each."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu", heads: int | None = None):
+        """`heads`: how many key/value heads of each layer this process computes (default: all)."""
         self.lengths: list[int] = []  # how many tokens of each row are in the cache
         self.keys: list[Tensor] = []  # of each layer: (rows, K, capacity, H); made when the layer first writes
         self.values: list[Tensor] = []
         self.reserved = (0, 0)  # the rows and positions for which there is memory
         self.device = torch.device(device)
-        self.heads = torch.arange(config.num_key_value_heads, device=device)
+        self.heads = torch.arange(heads or config.num_key_value_heads, device=device)
         self.view_shape = (0, 0)  # the rows and the S positions that a step reads
         self.key_views: list[Tensor] = []  # of each layer: (rows * K, S, H)
         self.value_views: list[Tensor] = []
+
+    @classmethod
+    def of(cls, model: Llama, device: torch.device) -> "KVCache":
+        """An empty cache for a model. Under tensor parallelism each rank caches the heads that it computes."""
+        return cls(model.config, device, getattr(model, "key_value_heads", None))
 
     # One token of each row
 

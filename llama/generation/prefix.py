@@ -19,7 +19,7 @@ from llama.model import Llama, PackedDocuments
 @torch.no_grad()
 def read_prefix(model: Llama, ids: Tensor) -> KVCache:
     """The keys and values of the prefix `ids` (P), as the one row of a cache. One forward; collective under FSDP."""
-    cache = KVCache(model.config, ids.device)
+    cache = KVCache.of(model, ids.device)
     with torch.compiler.set_stance("force_eager"):  # one short forward: compiled layers are not compiled again for it
         model.logits(ids, cache.add_rows([len(ids)]), rows=ids.new_empty(0))
     return cache

@@ -41,12 +41,12 @@ def gather_dict(value: dict, group: dist.ProcessGroup | None = None) -> dict:
     return found
 
 
-def any_rank(is_so: bool) -> bool:
-    """Whether it is so on any rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def any_rank(is_so: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether it is so on any rank, of all or of a group."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return is_so
     found = torch.tensor(int(is_so))
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group)
     return bool(found)
 
 

@@ -10,7 +10,7 @@ from test_parallel import slow
 
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.parallel.collectives import gather
-from llama.parallel.shards import Part, region
+from llama.parallel.shards import Part, cut_as, region
 from llama.parallel.tensor import cut, mark, sum_shared_gradients
 from llama.storage.pretrained import initialize_weights
 
@@ -32,11 +32,11 @@ def set_biases(model: Llama) -> None:
                 part.local.copy_(values[region(part.start, part.local)])
 
 
-def loss_of(model: Llama) -> torch.Tensor:
+def loss_of(model: Llama, lengths: list[int] = LENGTHS) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(97, (sum(LENGTHS),), generator=generator)
-    rows = torch.tensor([0, 1, 5, 10, 11, 19, 20, 21])
-    return model(tokens, PackedDocuments(LENGTHS), rows, tokens[rows + 1]) / 8
+    tokens = torch.randint(97, (sum(lengths),), generator=generator)
+    rows = torch.tensor([0, 1, 5, 10, 11, 18, 19, 20])
+    return model(tokens, PackedDocuments(lengths), rows, tokens[rows + 1]) / 8
 
 
 def assembled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -53,8 +53,8 @@ def assembled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def gradients_of(model: Llama) -> dict[str, torch.Tensor]:
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradients[name] = parameter.grad
-        gradients[name].tensor_cut = getattr(parameter, "tensor_cut", None)
+        if parameter.grad is not None:
+            gradients[name] = cut_as(parameter.grad, parameter)
     return assembled(gradients)
 
 
