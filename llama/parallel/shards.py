@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llama.model.sums import sum_of_squares
-from llama.parallel.collectives import gather, is_rank_zero
+from llama.parallel.collectives import gather
 
 
 @dataclass(frozen=True)
@@ -104,34 +104,47 @@ def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a tensor of that shape: `local`, which starts at `start` of the whole."""
+    """What this rank answers for of a tensor of that shape: `local`, which starts at `start` of the whole.
+
+    The parts of all ranks are the whole, each number once. Ranks that hold the same slice share its rows, so that all
+    of them, and all nodes, write at the same time.
+    """
 
     shape: tuple[int, ...]
     local: Tensor
     start: tuple[int, ...]
-    is_writer: bool  # whether this rank is the first of those that hold this very part
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Part":
         local, start = local_slice(tensor)
-        return cls(whole_shape(tensor), local, tuple(start), _is_first_holder(tensor))
+        rank, ranks = _among_holders(tensor)
+        if local.ndim:
+            first, rows = what_is_left(local.shape[:1], [(0, ranks, rank)])
+            local = local.narrow(0, first[0], rows[0])
+            start[0] += first[0]
+        elif rank > 0:
+            local = local.flatten()[:0]
+        return cls(whole_shape(tensor), local, tuple(start))
 
     def copied(self) -> "Part":
         """The same in host memory of its own, so that training may change the original."""
         return replace(self, local=self.local.to("cpu", copy=True))
 
 
-def _is_first_holder(tensor: Tensor) -> bool:
-    """Whether no rank before this one holds the same part."""
+def _among_holders(tensor: Tensor) -> tuple[int, int]:
+    """This rank's number among the ranks that hold the same slice, and how many these are."""
     cut = tensor_cut(tensor)
-    if cut and cut.dim is None and cut.rank > 0:
-        return False
+    rank, ranks = (cut.rank, cut.ranks) if cut and cut.dim is None else (0, 1)
     if isinstance(tensor, DTensor):
-        replicated = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
-        return all(tensor.device_mesh.get_local_rank(i) == 0 for i in replicated)
-    if cut:  # the ranks of a tensor group are neighbours: the first group has the first ranks
-        return dist.get_rank() < cut.ranks
-    return is_rank_zero()
+        for i, placement in enumerate(tensor.placements):
+            if placement.is_replicate():
+                rank = rank * tensor.device_mesh.size(i) + tensor.device_mesh.get_local_rank(i)
+                ranks *= tensor.device_mesh.size(i)
+    elif dist.is_initialized():  # ranks of a tensor group are neighbours; all groups hold the same
+        groups = dist.get_world_size() // (cut.ranks if cut else 1)
+        rank = rank * groups + dist.get_rank() // (cut.ranks if cut else 1)
+        ranks *= groups
+    return rank, ranks
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,9 +173,8 @@ def all_finite(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
 def sum_of_squares_over_ranks(tensors: Sequence[Tensor]) -> Tensor:
     """Of all numbers of all tensors: an fp64 scalar, the same on every rank. Collective."""
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    for part in map(Part.of, tensors):
-        if part.is_writer:  # what several ranks hold counts once
-            total += sum_of_squares(part.local)
+    for part in map(Part.of, tensors):  # what several ranks hold counts once
+        total += sum_of_squares(part.local)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total

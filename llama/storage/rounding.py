@@ -5,7 +5,7 @@ smaller than the distance between neighbours is rounded away, so a short trainin
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.model import Llama
 from llama.parallel.collectives import fail_together, gather
-from llama.parallel.shards import Part, local_slice
+from llama.parallel.shards import Part
 from llama.storage.pretrained import hugging_face_parameters
 from llama.storage.slices import Sink, read_tensors
 
@@ -64,18 +64,17 @@ def rounding_of_training(model: Llama, base: Path, dtype: torch.dtype) -> Roundi
     rounding = Rounding(dtype)
     sinks: dict[str, Sink] = {}
     for name, parameter in hugging_face_parameters(model).items():
-        if parameter.requires_grad and Part.of(parameter).is_writer:  # what several ranks hold counts once
-            sinks[name] = _comparing_sink(parameter, rounding)
+        if parameter.requires_grad:
+            sinks[name] = _comparing_sink(Part.of(parameter), rounding)  # what several ranks hold counts once
     with fail_together(base):
         read_tensors(sinks, base, allow_unexpected=lambda name: True)
     return rounding
 
 
-def _comparing_sink(parameter: Tensor, rounding: Rounding) -> Sink:
+def _comparing_sink(part: Part, rounding: Rounding) -> Sink:
     """Takes the rows of the base's weight, and compares each with the trained one."""
-    local, _ = local_slice(parameter)
 
     def put(first: int, values: Tensor) -> None:
-        rounding.add(values, local[first : first + len(values)])
+        rounding.add(values, part.local[first : first + len(values)])
 
-    return replace(Sink.of(parameter), put=put)
+    return Sink(part.shape, part.local.dtype, part.start, tuple(part.local.shape), put)

@@ -236,7 +236,7 @@ def _fill(folder: Path, layout: Layout, parts: dict[str, Part]) -> None:
     for file in layout.files:
         names = []
         for name, (place, _) in layout.places.items():
-            if place == file and parts[name].is_writer:
+            if place == file and parts[name].local.numel():
                 names.append(name)
         if not names and not is_rank_zero():  # rank 0 has written the header, and must force it to disk
             continue

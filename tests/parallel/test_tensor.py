@@ -10,7 +10,7 @@ from test_parallel import slow
 
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.parallel.collectives import gather
-from llama.parallel.shards import Part, cut_as, region
+from llama.parallel.shards import Part, cut_as, local_slice, region, whole_shape
 from llama.parallel.tensor import cut, mark, sum_shared_gradients
 from llama.storage.pretrained import initialize_weights
 
@@ -27,9 +27,9 @@ def set_biases(model: Llama) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                part = Part.of(parameter)
-                values = torch.linspace(-1, 1, part.shape[0], dtype=parameter.dtype)
-                part.local.copy_(values[region(part.start, part.local)])
+                local, start = local_slice(parameter)
+                values = torch.linspace(-1, 1, whole_shape(parameter)[0], dtype=parameter.dtype)
+                local.copy_(values[region(start, local)])
 
 
 def loss_of(model: Llama, lengths: list[int] = LENGTHS) -> torch.Tensor:
@@ -44,9 +44,8 @@ def assembled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     whole: dict[str, torch.Tensor] = {}
     for parts in gather({name: Part.of(tensor) for name, tensor in tensors.items()}):
         for name, part in parts.items():
-            if part.is_writer:
-                target = whole.setdefault(name, torch.full(part.shape, torch.nan, dtype=part.local.dtype))
-                target[region(part.start, part.local)] = part.local
+            target = whole.setdefault(name, torch.full(part.shape, torch.nan, dtype=part.local.dtype))
+            target[region(part.start, part.local)] = part.local
     return whole
 
 
