@@ -72,7 +72,7 @@ class Samples:
         deadline = time.monotonic() + LONGEST_WAIT
         group = process.mesh["tensor"].get_group()
 
-        def is_late(_) -> bool:  # asked of a whole tensor group, whose ranks write the same texts by clocks of their own
+        def is_late(_) -> bool:  # of a whole tensor group: its ranks write the same texts, and have clocks of their own
             return any_rank(time.monotonic() > deadline, group)
 
         requests = [replace(self.requests[i], on_token=is_late) for i in mine]
