@@ -1,0 +1,145 @@
+"""What a rank sends in one optimizer step, by formula. benchmarks/scaling.py holds these against counted bytes.
+
+With n ranks and the ring algorithms, a rank sends (n - 1) / n of what an all-gather or a reduce-scatter moves, and
+twice that for an all-reduce, which is one of each. So with Psi weights and a large n:
+
+    ZeRO paper (https://arxiv.org/abs/1910.02054, section 7)      none, zero1, grad: 2 Psi      full: 3 Psi
+    here, in bytes: gathered in bf16, reduced in fp32             none (4 + 4) Psi, grad (2 + 4) Psi,
+                                                                  full (2 + 2 + 4) Psi
+
+Tensor parallelism (https://arxiv.org/abs/1909.08053, with the stream split by tokens as in
+https://arxiv.org/abs/2205.05198) moves the residual stream of each layer 4 times by all-gather and 4 times by
+reduce-scatter: before and after attention and MLP, in the forward and in the backward.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llama.model import Llama
+from llama.parallel.scheme import Scheme, largest_part
+
+ONE_NUMBER = 8  # bytes of an fp64 sum
+
+
+@dataclass(frozen=True)
+class Message:
+    """A collective that every rank enters `times` times a step, in groups of `ranks` along one mesh dimension.
+
+    `payload`: bytes of the whole that is gathered, reduced and scattered, or reduced, each time.
+    """
+
+    kind: str  # all_gather, reduce_scatter or all_reduce
+    over: str  # replicate, shard, tensor or world
+    ranks: int
+    payload: float
+    times: float
+    what: str
+
+    @property
+    def moved(self) -> float:
+        return self.payload * self.times
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one rank sends in a step, by a ring."""
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * self.moved * (self.ranks - 1) / self.ranks
+
+
+def units_of(model: Llama) -> list[list[nn.Parameter]]:
+    """The parameters that FSDP gathers together: embedding, last norm and lm_head, and then each layer's."""
+    root = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
+    return [root, *(list(layer.parameters()) for layer in model.layers)]
+
+
+def padded(parameter: torch.Tensor, ranks: int) -> int:
+    """Numbers of a parameter once its rows are filled up to equal shares for all ranks."""
+    rows = parameter.shape[0]
+    return parameter.numel() // rows * largest_part(rows, ranks) * ranks
+
+
+def gathered_bytes(unit: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype) -> int:
+    """Of a whole unit. Weights are gathered in the compute dtype, packed ones as their bytes."""
+    return sum(padded(p, ranks) * (dtype if p.is_floating_point() else p.dtype).itemsize for p in unit)
+
+
+def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> list[Message]:
+    """All that a rank sends in one step. `model`: the shapes of the fullest tensor rank, its frozen parts frozen.
+    `tokens`: of a micro-batch, all of them with labels."""
+    found = [*_of_weights(model, scheme, dtype), *_of_sums(model, scheme)]
+    if scheme.tensor > 1:
+        found += _of_stream(model, scheme, tokens, dtype)
+    return [message for message in found if message.ranks > 1 and message.moved]
+
+
+def _of_weights(model: Llama, scheme: Scheme, dtype: torch.dtype) -> Iterator[Message]:
+    """FSDP's: weights gathered before each unit computes, gradients reduced after its backward."""
+    lowest = lowest_trained_layer(model)
+    for i, unit in enumerate(units_of(model)):
+        what = "layers" if i else "embedding and head"
+        trained = [p for p in unit if p.requires_grad]
+        gathers = 2 if scheme.resharded and (i == 0 or i > lowest) else 1
+        payload = gathered_bytes(unit, scheme.shard, dtype)
+        yield Message("all_gather", "shard", scheme.shard, payload, gathers * scheme.micro_batches, f"weights: {what}")
+        reduced = 4 * sum(padded(p, scheme.shard) for p in trained)
+        times = 1 if scheme.defer_gradient_sync else scheme.micro_batches
+        yield Message("reduce_scatter", "shard", scheme.shard, reduced, times, f"gradients: {what}")
+        # Between replicas, each rank's share of the sum; only after the last micro-batch.
+        yield Message("all_reduce", "replicate", scheme.replicate, reduced / scheme.shard, 1, f"gradients: {what}")
+
+
+
+
+def lowest_trained_layer(model: Llama) -> int:
+    """The index of the first layer whose output gets a gradient: autograd computes nothing below it. The number of
+    layers where only the norm or lm_head is trained."""
+    if model.embed_tokens.weight.requires_grad:
+        return 0
+    trained = [i for i, layer in enumerate(model.layers) if any(p.requires_grad for p in layer.parameters())]
+    return min(trained, default=len(model.layers))
+
+
+def _of_sums(model: Llama, scheme: Scheme) -> Iterator[Message]:
+    """Numbers: the loss and the gradient's norm; with tensor parallelism, gradients of what is whole on every rank."""
+    yield Message("all_reduce", "world", scheme.world_size, ONE_NUMBER, 2, "loss and gradient norm")
+    if scheme.sharding == "zero1":
+        for i, unit in enumerate(units_of(model)):
+            what = "layers" if i else "embedding and head"
+            updated = 4 * sum(padded(p, scheme.replicate) for p in unit if p.requires_grad)
+            yield Message("all_gather", "replicate", scheme.replicate, updated, 1, f"updated weights: {what}")
+    shared = [p for name, p in model.named_parameters() if p.requires_grad and is_whole(name)]
+    held = 4 * sum(padded(p, scheme.shard) for p in shared) / scheme.shard
+    yield Message("all_reduce", "tensor", scheme.tensor, held, 1, "gradients of what is whole on every tensor rank")
+
+
+def is_whole(name: str) -> bool:
+    """Whether tensor parallelism leaves this parameter whole: norms, row linears' biases, the outer half of LoRA."""
+    by_rows = any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    if "norm" in name:
+        return True
+    if "lora_A" in name:
+        return by_rows
+    if "lora_B" in name or "magnitude" in name or name.endswith("bias"):
+        return not by_rows
+    return False
+
+
+def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> Iterator[Message]:
+    """Tensor parallelism's: the residual stream, gathered before attention and MLP and scattered after them."""
+    per_rank = largest_part(tokens, scheme.tensor)
+    stream = per_rank * scheme.tensor * model.config.hidden_size * dtype.itemsize
+    layers = len(model.layers)
+    with_backward = layers - lowest_trained_layer(model)
+    recomputed = with_backward if scheme.activation_checkpointing == "full" else 0
+    both_ways = 2 * (layers + with_backward + recomputed)
+    for kind in ("all_gather", "reduce_scatter"):
+        yield Message(kind, "tensor", scheme.tensor, stream, both_ways * scheme.micro_batches, "stream: layers")
+    # The embedding's parts are added up and scattered; before lm_head the stream is gathered. Backwards, the reverse.
+    ends = 1 + int(with_backward > 0)
+    for kind in ("all_gather", "reduce_scatter"):
+        yield Message(kind, "tensor", scheme.tensor, stream, ends * scheme.micro_batches, "stream: both ends")
+    rows = 3 * 4 * tokens  # the largest logit, the sum of exponentials and the target's logit, fp32
+    yield Message("all_reduce", "tensor", scheme.tensor, rows, scheme.micro_batches, "loss over the vocabulary")

@@ -1,0 +1,105 @@
+"""Every way to spread one training job over some GPUs: what it holds, what it sends, how long a step takes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from llama.model import Llama, ModelConfig
+from llama.parallel.distribute import keep_frozen_in, on_meta
+from llama.parallel.scheme import Scheme, fullest_tensor_rank, mesh_of
+from llama.parallel.tensor import unit_counts
+from llama.parallel.traffic import messages
+from llama.training.activations import Batch, activations
+from llama.training.forecast import Rates, seconds_of_step
+from llama.training.memory import Shapes, States, peak, states
+from llama.training.planner_settings import CHECKPOINTINGS, SHARDINGS
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and how much of it in one step."""
+
+    config: ModelConfig
+    change: Callable[[Llama], object]  # what is done to the model before it is sharded
+    optimizer: str
+    batch: Batch
+    step_tokens: int
+    document: int  # tokens of one text
+    defer_gradient_sync: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scheme, on the fullest rank."""
+
+    scheme: Scheme
+    held: States
+    activations: float  # bytes that the backward needs
+    peak: float  # bytes at the fullest moment of a step: states, activations, gathered weights, logits
+    sent: float  # bytes in one step
+    seconds: float  # of one step
+    tokens_per_second: float  # on all GPUs
+
+
+class Planner:
+    """`row` of each scheme. The shapes of a tensor rank are built once for each tensor-parallel degree."""
+
+    def __init__(self, job: Job, rates: Rates):
+        self.job = job
+        self.rates = rates
+        self.whole = self._changed(job.config)
+        self._shapes: dict[int, Shapes] = {}
+
+    def _changed(self, config: ModelConfig) -> Llama:
+        """On the meta device, with adapters and frozen parts, frozen weights in the compute dtype."""
+        model = on_meta(config)
+        self.job.change(model)
+        keep_frozen_in(self.job.batch.dtype, model)
+        return model
+
+    def shapes(self, tensor_ranks: int) -> Shapes:
+        """What the fullest tensor rank computes. Raises UserError for a model that so many ranks cannot share."""
+        if tensor_ranks not in self._shapes:
+            model = self.whole
+            if tensor_ranks > 1:
+                counts = unit_counts(self.whole, tensor_ranks)
+                feature_unit = self.job.config.intermediate_size // counts["features"]
+                model = self._changed(fullest_tensor_rank(self.job.config, tensor_ranks, feature_unit))
+            self._shapes[tensor_ranks] = Shapes(model, self.job.optimizer, tensor_ranks, self.job.batch)
+        return self._shapes[tensor_ranks]
+
+    def row(self, scheme: Scheme) -> Row:
+        """Raises UserError for a model that so many tensor ranks cannot share."""
+        job = self.job
+        batch = job.batch
+        shapes = self.shapes(scheme.tensor)
+        micro_batches = max(1, -(-job.step_tokens // (batch.tokens * scheme.data_ranks)))
+        scheme = replace(scheme, micro_batches=micro_batches, defer_gradient_sync=job.defer_gradient_sync)
+        held = states(shapes, scheme)
+        kept = activations(shapes.model, scheme, batch, shapes.layers)
+        sent = messages(shapes.model, scheme, batch.tokens, batch.dtype)
+        seconds = seconds_of_step(shapes.model, scheme, batch, sent, self.rates, job.document)
+        return Row(
+            scheme,
+            held,
+            kept.kept + kept.inside,
+            peak(shapes, scheme, held, kept),
+            sum(message.sent for message in sent),
+            seconds,
+            micro_batches * scheme.data_ranks * batch.tokens / seconds,
+        )
+
+
+def schemes(gpus: int, node_gpus: int) -> Iterator[Scheme]:
+    """All of them for so many GPUs. Tensor groups stay inside a node."""
+    for tensor_parallel in divisors(min(gpus, node_gpus)):
+        for sharding in SHARDINGS:
+            is_alone = gpus == tensor_parallel and sharding != "full"  # one share of the data: all are the same
+            if is_alone or (sharding == "hybrid" and gpus <= node_gpus):
+                continue
+            mesh = mesh_of(sharding, tensor_parallel, gpus, node_gpus)
+            for checkpointing in CHECKPOINTINGS:
+                yield Scheme(sharding, mesh, checkpointing)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
