@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 4 fsdp_train.py --data imdb                       a tiny Llama, from scratch
     torchrun --nproc_per_node 8 fsdp_train.py --model DIR --data imdb           a Hugging Face folder, on 8 GPUs
     python fsdp_train.py --model DIR --data reviews.jsonl                       one process, GPU or not
+    torchrun --nproc_per_node 8 fsdp_train.py --model DIR --sharding zero1 --tensor_parallel 2 ...
     torchrun --nnodes 2 --node_rank R --master_addr HOST --nproc_per_node 8 fsdp_train.py ...
 
 The same code runs each of them: CUDA and NCCL where there are GPUs, CPU and gloo where there are none.
@@ -24,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule
 
 from data import DataSet, load_data, run_name
 from llama.boundary.errors import UserError
@@ -33,11 +33,13 @@ from llama.data.batches import pack
 from llama.data.examples import EncodedData
 from llama.evaluation.score import answer_ids, evaluate
 from llama.model import Llama
+from llama.parallel import gradients
 from llama.parallel.collectives import fail_together
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, join
 from llama.parallel.tensor import sum_shared_gradients
+from llama.parallel.zero1 import ZeRO1
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
 from llama.storage.peft import save_adapter
@@ -45,7 +47,7 @@ from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
 from llama.training.plan import COUNTS, Plan, make_plan
 from llama.training.report import Report
-from llama.training.state import restore, save_state
+from llama.training.state import Optimizer, restore, save_state
 from llama.training.stopping import STOPPED, StopRequests
 from lora import Changes
 
@@ -70,13 +72,14 @@ class Run:
     process: Process
     plan: Plan  # what the ranks have agreed on: the batches, the run's folder, the checkpoint to continue from
     model: Llama
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     saver: Saver  # writes checkpoints
     report: Report  # writes metrics.jsonl and the screen; on other ranks than 0 it does nothing
 
 
 def main() -> None:
-    asked, launched = parse(TrainingSettings, description=__doc__), launch()
+    asked = parse(TrainingSettings, description=__doc__)
+    launched = launch()
     shape = mesh_shape(asked.sharding, asked.tensor_parallel, launched.world_size, launched.local_world_size)
     settings = asked.with_recipe(shape.data_ranks)
     try:
@@ -138,7 +141,7 @@ def train(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
     report.finish(result.name, totals, before, after)
 
 
-def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> tuple[Llama, torch.optim.Optimizer]:
+def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) -> tuple[Llama, Optimizer]:
     """The sharded model with its weights, and its optimizer. The order of these calls cannot be changed."""
     model = on_meta(task.base.config)  # shapes without memory
     task.changes.apply(model)  # quantised linears, adapters, frozen parts
@@ -146,7 +149,8 @@ def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
     distribute(model, process, plan.dtype, settings.sharding, recompute, settings.compile, offload)
     task.base.load(model, settings.seed)  # each rank reads its own slices
     task.changes.load(model, settings.seed)
-    optimizer = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
+    adamw = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
+    optimizer = ZeRO1(adamw, model, process) if settings.sharding == "zero1" else adamw
     if plan.saved and plan.manifest:
         restore(plan.saved, plan.manifest, model, optimizer)
     return model, optimizer
@@ -217,11 +221,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     total = torch.zeros((), dtype=torch.float64, device=process.device)
     for i, micro_batch in enumerate(mine):
         batch = pack(examples, micro_batch, process.device)
-        if isinstance(model, FSDPModule):
-            is_last = i == len(mine) - 1
-            # Gradients can be summed over the mesh's "shard" after every micro-batch, or once, after the last.
-            model.set_requires_gradient_sync(is_last or not settings.defer_gradient_sync)
-            model.set_requires_all_reduce(is_last)  # over its "replicate" once: earlier would save no memory
+        gradients.sum_over_ranks(model, i == len(mine) - 1, settings.defer_gradient_sync)
         loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
         # FSDP averages gradients over data ranks, but the loss is a sum over them: hence the factor data_ranks.
         (loss * (process.data_ranks / labels)).backward()
