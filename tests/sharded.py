@@ -14,7 +14,6 @@ from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 from llama.parallel.processes import Process
 from llama.parallel.shards import whole_tensor
-from llama.parallel.tensor import cut, mark
 
 
 def this_launch(sharding: str | None = "full") -> Launch:
@@ -64,10 +63,4 @@ def build_shared(
     config: ModelConfig, tensor_ranks: int, dtype: torch.dtype, change: Callable[[Llama], object] = lambda model: None
 ) -> Llama:
     """As `build`, by tensor groups of so many ranks; FSDP shards what each of them has over the others."""
-    process = tensor_process(tensor_ranks)
-    model = on_meta(config)
-    change(model)
-    cut(model, process)
-    distribute(model, process, dtype)
-    mark(model)
-    return model
+    return build(config, tensor_process(tensor_ranks), dtype, change)

@@ -113,7 +113,7 @@ class Row:
 
 PLAN = (
     #   module           weight   a rank has whole ...  new class            what it does besides
-    Row("embed_tokens",  ROWS,    "vocabulary",         SplitEmbedding),      # reduce-scatter at its end
+    Row("embed_tokens",  ROWS,    "token ids",          SplitEmbedding),      # reduce-scatter at its end
     Row("self_attn",     WHOLE,   "",                   GatheringAttention),  # all-gather at its start
     Row("q_proj",        ROWS,    "key/value heads"),
     Row("k_proj",        ROWS,    "key/value heads"),
@@ -123,7 +123,7 @@ PLAN = (
     Row("gate_proj",     ROWS,    "features"),
     Row("up_proj",       ROWS,    "features"),
     Row("down_proj",     COLUMNS, "features",           SummingLinear),       # reduce-scatter at its end
-    Row("lm_head",       ROWS,    "vocabulary",         SplitHead),           # gathers the logits that are asked for
+    Row("lm_head",       ROWS,    "token ids",          SplitHead),           # gathers the logits that are asked for
 )  # fmt: skip
 
 # How the parameters of a linear are cut.
@@ -166,14 +166,15 @@ def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
     """How many units there are to share. Raises UserError where there are fewer than ranks."""
     config = model.config
     is_packed = any(isinstance(module, NF4Linear) for module in model.modules())
+    block = WEIGHTS_PER_SCALE if is_packed else 1
     counts = {
         "key/value heads": config.num_key_value_heads,
-        "features": config.intermediate_size // (WEIGHTS_PER_SCALE if is_packed else 1),
-        "vocabulary": config.vocab_size,
+        "features": config.intermediate_size // block,
+        "token ids": config.vocab_size,
     }
     for unit, count in counts.items():
         if count < ranks:
-            what = f"{unit} in blocks of {WEIGHTS_PER_SCALE}" if is_packed and unit == "features" else unit
+            what = f"blocks of {block} features" if is_packed and unit == "features" else unit
             raise UserError(f"--tensor_parallel {ranks}: the model has {count} {what}, expected at least {ranks}")
     return counts
 
@@ -206,8 +207,8 @@ def cut_parameters(name: str, module: nn.Module, cut: int, count: int, group: di
             continue
         whole = parameter.shape[dim]
         if whole % count:
-            problem = f"{name}.{key} has {whole} columns, which do not divide into {count} groups of heads"
-            raise UserError(f"--tensor_parallel {group.size()}: {problem}; --quantize int8 can be cut there")
+            problem = f"{name}.{key} has {whole} columns, which {count} groups of heads do not divide"
+            raise UserError(f"--tensor_parallel {group.size()}: {problem}; use --quantize int8")
         own = share(whole, count, group)
         values = torch.empty_like(parameter.narrow(dim, own.start, len(own)))
         part = nn.Parameter(values, requires_grad=parameter.requires_grad)

@@ -5,14 +5,21 @@ from functools import cache
 
 import pytest
 import torch
-from sharded import tensor_process
+from sharded import build_shared, tensor_process
 from test_parallel import slow
 
+from llama.boundary.errors import UserError
+from llama.generation.decode import generate
+from llama.generation.request import Request
+from llama.generation.settings import GenerationSettings
+from llama.generation.step import lay_out
 from llama.model import Llama, ModelConfig, PackedDocuments
-from llama.parallel.collectives import gather
+from llama.parallel.collectives import any_rank, gather
+from llama.parallel.distribute import on_meta
 from llama.parallel.shards import Part, cut_as, local_slice, region, whole_shape
 from llama.parallel.tensor import cut, mark, sum_shared_gradients
 from llama.storage.pretrained import initialize_weights
+from lora import Changes
 
 # Neither 2 nor 4 ranks divide 97 ids, 42 features or 23 tokens; 5 groups of heads are shared 2 + 3 and 1 + 1 + 1 + 2.
 UNTIED = ModelConfig(vocab_size=97, hidden_size=30, intermediate_size=42, num_hidden_layers=2, num_attention_heads=10,
@@ -60,8 +67,7 @@ def gradients_of(model: Llama) -> dict[str, torch.Tensor]:
 def step(config: ModelConfig, dtype: torch.dtype, tensor_ranks: int) -> tuple[float, dict]:
     """Loss and gradients. Without FSDP, so that nothing but tensor parallelism can go wrong."""
     process = tensor_process(tensor_ranks)
-    with torch.device("meta"):
-        model = Llama(config)
+    model = on_meta(config)
     cut(model, process)
     model.to_empty(device="cpu")
     mark(model)
@@ -97,3 +103,55 @@ def test_a_tensor_group_computes_the_loss_and_gradients_of_one_process(ranks, ki
         for name, gradient in gradients.items():
             error = (gradient - their_gradients[name]).abs().max()
             assert error <= tolerance * largest, (name, error)
+
+
+def answers_of(tensor_ranks: int, num_beams: int) -> list[list[int]]:
+    model = build_shared(TIED, tensor_ranks, torch.float32)
+    initialize_weights(model, seed=0)
+    return answers(model, num_beams, any_rank)
+
+
+def answers(model: Llama, num_beams: int, together=bool) -> list[list[int]]:
+    """What follows prompts of several lengths, of which two are read at a time."""
+    settings = GenerationSettings(max_new_tokens=7, num_beams=num_beams)
+    prompts = [[3], [1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [8, 2, 8, 1]]
+    requests = [Request(prompt, settings, frozenset()) for prompt in prompts]
+    found = dict(generate(lay_out(model, 1), requests, 2, together))
+    return [found[i].ids for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("world, tensor_ranks", [(2, 2), slow(4, 4), slow(4, 2)])
+@pytest.mark.parametrize("num_beams", [1, slow(3)])
+def test_a_tensor_group_writes_what_one_process_writes(ranks, world, tensor_ranks, num_beams):
+    """Each rank caches its own key/value heads. A step of one token is a stream that is shorter than the group."""
+    model = Llama(TIED)
+    initialize_weights(model, seed=0)
+    expected = answers(model, num_beams)
+    assert ranks(world, answers_of, tensor_ranks, num_beams) == [expected] * world
+
+
+def refused(config: ModelConfig, quantize: str) -> str:
+    model = on_meta(config)
+    Changes(quantize).apply(model)
+    with pytest.raises(UserError) as caught:
+        cut(model, tensor_process(4))
+    return str(caught.value)
+
+
+SHAREABLE = replace(UNTIED, hidden_size=64, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4,
+                    head_dim=64)
+
+
+@pytest.mark.parametrize("change, quantize, message", [
+    ({"num_attention_heads": 9, "num_key_value_heads": 3}, "none",
+     "the model has 3 key/value heads, expected at least 4"),
+    ({"intermediate_size": 3}, "none", "the model has 3 features, expected at least 4"),
+    ({"vocab_size": 3}, "none", "the model has 3 token ids, expected at least 4"),
+    ({"intermediate_size": 192}, "nf4", "the model has 3 blocks of 64 features, expected at least 4"),
+    ({"head_dim": 16, "num_attention_heads": 8}, "nf4",
+     "layers.0.self_attn.o_proj.weight_absmax has 2 columns, which 4 groups of heads do not divide"),
+])
+def test_a_model_that_a_tensor_group_cannot_share_is_refused_by_name(ranks, change, quantize, message):
+    """C40."""
+    results = ranks(4, refused, replace(SHAREABLE, **change), quantize)
+    assert len(set(results)) == 1 and results[0].startswith(f"--tensor_parallel 4: {message}")
