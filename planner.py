@@ -81,7 +81,7 @@ def compared(settings: PlannerSettings, planner: Planner) -> list[Row]:
     for scheme in schemes(settings.gpus, settings.node_gpus):
         asked = (
             settings.sharding in ("all", scheme.sharding)
-            and settings.tensor_parallel in (0, scheme.tensor)
+            and settings.tensor_parallel in (0, scheme.mesh.tensor)
             and settings.activation_checkpointing in ("all", scheme.activation_checkpointing)
         )
         if asked:
@@ -118,7 +118,7 @@ def table(rows: list[Row], room: float, best: Row | None, limit: int) -> str:
         mark = "  <- fastest that fits" if row is best else f"  {verdict}"
         cells = (
             row.scheme.sharding,
-            str(row.scheme.tensor),
+            str(row.scheme.mesh.tensor),
             row.scheme.activation_checkpointing,
             f"{row.held.total / 1e9:,.2f}",
             f"{row.activations / 1e9:,.2f}",
@@ -129,7 +129,7 @@ def table(rows: list[Row], room: float, best: Row | None, limit: int) -> str:
         )
         lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + mark)
     if len(shown) < len(rows):
-        lines.append(f"{len(rows) - len(shown)} slower settings are not shown; --rows 0 shows all")
+        lines.append(f"{len(rows) - len(shown)} more settings are not shown; --rows 0 shows all")
     return "\n".join(lines)
 
 
@@ -165,8 +165,8 @@ def flags(row: Row) -> str:
     """The flags of fsdp_train.py for one row."""
     scheme = row.scheme
     words = [f"--sharding {scheme.sharding}"]
-    if scheme.tensor > 1:
-        words.append(f"--tensor_parallel {scheme.tensor}")
+    if scheme.mesh.tensor > 1:
+        words.append(f"--tensor_parallel {scheme.mesh.tensor}")
     if scheme.activation_checkpointing != "none":
         words.append(f"--activation_checkpointing {scheme.activation_checkpointing}")
     if scheme.micro_batches > 1:

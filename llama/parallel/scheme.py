@@ -3,46 +3,30 @@
 from dataclasses import dataclass, replace
 
 from llama.model import ModelConfig
+from llama.parallel.mesh import MeshShape
 
 
 @dataclass(frozen=True)
 class Scheme:
     """One way to train: how the ranks share the work, and what a step repeats.
 
-    `mesh` is (replicate, shard, tensor): how many ranks each dimension has. `resharded`: whether a layer's gathered
-    weights are freed after its forward. `micro_batches` are those of each rank in one optimizer step.
+    `micro_batches`: of each rank in one optimizer step. `resharded`: whether a layer's gathered weights are freed after
+    its forward.
     """
 
     sharding: str
-    mesh: tuple[int, int, int]
+    mesh: MeshShape
     activation_checkpointing: str = "none"
     micro_batches: int = 1
     defer_gradient_sync: bool = False
 
     @property
-    def replicate(self) -> int:
-        return self.mesh[0]
-
-    @property
-    def shard(self) -> int:
-        return self.mesh[1]
-
-    @property
-    def tensor(self) -> int:
-        return self.mesh[2]
-
-    @property
-    def data_ranks(self) -> int:
-        """In how many shares the data are divided."""
-        return self.replicate * self.shard
-
-    @property
     def world_size(self) -> int:
-        return self.data_ranks * self.tensor
+        return self.mesh.data_ranks * self.mesh.tensor
 
     @property
     def resharded(self) -> bool:
-        return self.sharding in ("full", "hybrid")
+        return self.sharding != "grad"
 
 
 def largest_part(units: int, ranks: int) -> int:
@@ -67,12 +51,3 @@ def fullest_tensor_rank(config: ModelConfig, ranks: int, feature_unit: int = 1) 
         intermediate_size=min(config.intermediate_size, largest_part(units, ranks) * feature_unit),
         vocab_size=largest_part(config.vocab_size, ranks),
     )
-
-
-def mesh_of(sharding: str, tensor_parallel: int, gpus: int, node_gpus: int) -> tuple[int, int, int]:
-    data_ranks = gpus // tensor_parallel
-    if sharding == "hybrid":
-        return -(-gpus // node_gpus), node_gpus // tensor_parallel, tensor_parallel
-    if sharding in ("none", "zero1"):
-        return data_ranks, 1, tensor_parallel
-    return 1, data_ranks, tensor_parallel

@@ -70,7 +70,7 @@ def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> l
     """All that a rank sends in one step. `model`: the shapes of the fullest tensor rank, its frozen parts frozen.
     `tokens`: of a micro-batch, all of them with labels."""
     found = [*_of_weights(model, scheme, dtype), *_of_sums(model, scheme)]
-    if scheme.tensor > 1:
+    if scheme.mesh.tensor > 1:
         found += _of_stream(model, scheme, tokens, dtype)
     return [message for message in found if message.ranks > 1 and message.moved]
 
@@ -78,17 +78,18 @@ def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> l
 def _of_weights(model: Llama, scheme: Scheme, dtype: torch.dtype) -> Iterator[Message]:
     """FSDP's: weights gathered before each unit computes, gradients reduced after its backward."""
     lowest = lowest_trained_layer(model)
+    replicate, shard, _ = scheme.mesh
     for i, unit in enumerate(units_of(model)):
         what = "layers" if i else "embedding and head"
         trained = [p for p in unit if p.requires_grad]
         gathers = 2 if scheme.resharded and (i == 0 or i > lowest) else 1
-        payload = gathered_bytes(unit, scheme.shard, dtype)
-        yield Message("all_gather", "shard", scheme.shard, payload, gathers * scheme.micro_batches, f"weights: {what}")
-        reduced = 4 * sum(padded(p, scheme.shard) for p in trained)
+        payload = gathered_bytes(unit, shard, dtype)
+        yield Message("all_gather", "shard", shard, payload, gathers * scheme.micro_batches, f"weights: {what}")
+        reduced = 4 * sum(padded(p, shard) for p in trained)
         times = 1 if scheme.defer_gradient_sync else scheme.micro_batches
-        yield Message("reduce_scatter", "shard", scheme.shard, reduced, times, f"gradients: {what}")
+        yield Message("reduce_scatter", "shard", shard, reduced, times, f"gradients: {what}")
         # Between replicas, each rank's share of the sum; only after the last micro-batch.
-        yield Message("all_reduce", "replicate", scheme.replicate, reduced / scheme.shard, 1, f"gradients: {what}")
+        yield Message("all_reduce", "replicate", replicate, reduced / shard, 1, f"gradients: {what}")
 
 
 
@@ -108,11 +109,12 @@ def _of_sums(model: Llama, scheme: Scheme) -> Iterator[Message]:
     if scheme.sharding == "zero1":
         for i, unit in enumerate(units_of(model)):
             what = "layers" if i else "embedding and head"
-            updated = 4 * sum(padded(p, scheme.replicate) for p in unit if p.requires_grad)
-            yield Message("all_gather", "replicate", scheme.replicate, updated, 1, f"updated weights: {what}")
+            ranks = scheme.mesh.replicate
+            updated = 4 * sum(padded(p, ranks) for p in unit if p.requires_grad)
+            yield Message("all_gather", "replicate", ranks, updated, 1, f"updated weights: {what}")
     shared = [p for name, p in model.named_parameters() if p.requires_grad and is_whole(name)]
-    held = 4 * sum(padded(p, scheme.shard) for p in shared) / scheme.shard
-    yield Message("all_reduce", "tensor", scheme.tensor, held, 1, "gradients of what is whole on every tensor rank")
+    held = 4 * sum(padded(p, scheme.mesh.shard) for p in shared) / scheme.mesh.shard
+    yield Message("all_reduce", "tensor", scheme.mesh.tensor, held, 1, "gradients of what is whole on every tensor rank")
 
 
 def is_whole(name: str) -> bool:
@@ -129,17 +131,17 @@ def is_whole(name: str) -> bool:
 
 def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> Iterator[Message]:
     """Tensor parallelism's: the residual stream, gathered before attention and MLP and scattered after them."""
-    per_rank = largest_part(tokens, scheme.tensor)
-    stream = per_rank * scheme.tensor * model.config.hidden_size * dtype.itemsize
+    per_rank = largest_part(tokens, scheme.mesh.tensor)
+    stream = per_rank * scheme.mesh.tensor * model.config.hidden_size * dtype.itemsize
     layers = len(model.layers)
     with_backward = layers - lowest_trained_layer(model)
     recomputed = with_backward if scheme.activation_checkpointing == "full" else 0
     both_ways = 2 * (layers + with_backward + recomputed)
     for kind in ("all_gather", "reduce_scatter"):
-        yield Message(kind, "tensor", scheme.tensor, stream, both_ways * scheme.micro_batches, "stream: layers")
+        yield Message(kind, "tensor", scheme.mesh.tensor, stream, both_ways * scheme.micro_batches, "stream: layers")
     # The embedding's parts are added up and scattered; before lm_head the stream is gathered. Backwards, the reverse.
     ends = 1 + int(with_backward > 0)
     for kind in ("all_gather", "reduce_scatter"):
-        yield Message(kind, "tensor", scheme.tensor, stream, ends * scheme.micro_batches, "stream: both ends")
+        yield Message(kind, "tensor", scheme.mesh.tensor, stream, ends * scheme.micro_batches, "stream: both ends")
     rows = 3 * 4 * tokens  # the largest logit, the sum of exponentials and the target's logit, fp32
-    yield Message("all_reduce", "tensor", scheme.tensor, rows, scheme.micro_batches, "loss over the vocabulary")
+    yield Message("all_reduce", "tensor", scheme.mesh.tensor, rows, scheme.micro_batches, "loss over the vocabulary")

@@ -47,7 +47,7 @@ def activations(model: Llama, scheme: Scheme, batch: Batch, layers: list[tuple[i
     `layers`: what `of_layers` says of it."""
     c = model.config
     width = batch.dtype.itemsize
-    stream = largest_part(batch.tokens, scheme.tensor) * c.hidden_size * width
+    stream = largest_part(batch.tokens, scheme.mesh.tensor) * c.hidden_size * width
     backward = batch.tokens * (3 * c.intermediate_size + 2 * c.hidden_size) * width  # what flows back through an MLP
     last = norm_bytes(batch.tokens, c.hidden_size, batch) + 2 * batch.tokens * c.hidden_size * width
     if scheme.activation_checkpointing == "none":

@@ -15,6 +15,7 @@ from llama.model.quantize import Int8Linear, NF4Linear
 from llama.parallel.scheme import Scheme
 from llama.parallel.traffic import Message, lowest_trained_layer
 from llama.training.activations import Batch
+from llama.training.memory import Shapes
 
 FORWARD = 2  # operations a weight and token: a product and a sum
 # Bytes of memory traffic for each weight that is made whole from few bits. nf4's is from a measured step: 0.27 s for
@@ -41,10 +42,11 @@ class Rates:
         The GPUs of one node that are in the same group send through each other's network cards, too: a ring leaves the
         node once.
         """
-        inside = {"tensor": scheme.tensor, "shard": scheme.tensor * scheme.shard}.get(over, scheme.world_size)
+        mesh = scheme.mesh
+        inside = {"tensor": mesh.tensor, "shard": mesh.tensor * mesh.shard}.get(over, scheme.world_size)
         if inside <= self.node_gpus:
             return self.link
-        apart = {"tensor": 1, "shard": scheme.tensor, "replicate": scheme.tensor * scheme.shard}.get(over, 1)
+        apart = {"shard": mesh.tensor, "replicate": mesh.tensor * mesh.shard}.get(over, 1)
         neighbours = max(1, self.node_gpus // apart)
         return min(self.link, neighbours * self.network)
 
@@ -71,16 +73,13 @@ def operations(model: Llama, scheme: Scheme, batch: Batch, document: int) -> flo
 
 
 def seconds_of_step(
-    model: Llama, scheme: Scheme, batch: Batch, messages: list[Message], rates: Rates, document: int
+    shapes: Shapes, scheme: Scheme, messages: list[Message], rates: Rates, document: int
 ) -> float:
-    """Of one optimizer step. `model`: the shapes of the fullest tensor rank."""
-    passes = 2 + (scheme.activation_checkpointing == "full")
+    """Of one optimizer step on the fullest rank."""
+    model, batch = shapes.model, shapes.batch
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copied = COPYING * numbers
-    for kind, traffic in UNPACKING.items():
-        packed = [module for module in model.modules() if isinstance(module, kind)]
-        copied += passes * traffic * sum(linear.in_features * linear.out_features for linear in packed)
-    arithmetic = operations(model, scheme, batch, document) / rates.operations + copied / rates.memory
+    arithmetic = operations(model, scheme, batch, document) / rates.operations
+    arithmetic += (COPYING * numbers + _traffic_of_recomputing(shapes, scheme)) / rates.memory
     starts = len(model.layers) * rates.layer_starts
     hidden = other = 0.0
     for message in messages:
@@ -89,5 +88,18 @@ def seconds_of_step(
             other += seconds
         else:
             hidden += seconds
-    updated = numbers / (scheme.replicate if scheme.sharding == "zero1" else scheme.shard)
-    return max(scheme.micro_batches * max(arithmetic, starts), hidden) + other + UPDATING * updated / rates.memory
+    updated = numbers / (scheme.mesh.replicate if scheme.sharding == "zero1" else scheme.mesh.shard)
+    in_step = max(scheme.micro_batches * max(arithmetic, starts), hidden)
+    return in_step + other + UPDATING * updated / rates.memory
+
+
+def _traffic_of_recomputing(shapes: Shapes, scheme: Scheme) -> float:
+    """Bytes read and written to make packed weights whole, and what selective checkpointing computes again."""
+    passes = 2 + (scheme.activation_checkpointing == "full")
+    moved = 0.0
+    for kind, traffic in UNPACKING.items():
+        packed = [module for module in shapes.model.modules() if isinstance(module, kind)]
+        moved += passes * traffic * sum(linear.in_features * linear.out_features for linear in packed)
+    if scheme.activation_checkpointing == "selective":
+        moved += sum(2 * (kept - products) for kept, products in shapes.layers)
+    return moved

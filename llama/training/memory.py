@@ -61,14 +61,14 @@ class Shapes:
 
 def states(shapes: Shapes, scheme: Scheme) -> States:
     """Of the fullest rank."""
-    updated_by = scheme.replicate if scheme.sharding == "zero1" else scheme.shard
+    updated_by = scheme.mesh.replicate if scheme.sharding == "zero1" else scheme.mesh.shard
     parameters = list(shapes.model.parameters())
     root = units_of(shapes.model)[0]
     return States(
-        weights=sum(slice_bytes(p, scheme.shard) for p in parameters),
-        gradients=sum(slice_bytes(p, scheme.shard) for p in parameters if p.requires_grad),
+        weights=sum(slice_bytes(p, scheme.mesh.shard) for p in parameters),
+        gradients=sum(slice_bytes(p, scheme.mesh.shard) for p in parameters if p.requires_grad),
         moments=sum(slice_bytes(moment, updated_by) for moment in shapes.moments),
-        root_gradients=sum(slice_bytes(p, scheme.shard) for p in root if p.requires_grad),
+        root_gradients=sum(slice_bytes(p, scheme.mesh.shard) for p in root if p.requires_grad),
     )
 
 
@@ -105,8 +105,8 @@ def _gathered(model: Llama, scheme: Scheme, dtype: torch.dtype) -> tuple[int, in
     """Bytes of weights that are whole in the compute dtype, and those of embedding and head among them. Of all layers,
     or, where they are freed after their forward, of two: one computes, one is fetched."""
     # FSDP copies and casts what it gathers, also on one rank; but what is frozen there it leaves alone.
-    units = [[p for p in unit if scheme.shard > 1 or p.requires_grad] for unit in units_of(model)]
-    root, *layers = [gathered_bytes(unit, scheme.shard, dtype) for unit in units]
+    units = [[p for p in unit if scheme.mesh.shard > 1 or p.requires_grad] for unit in units_of(model)]
+    root, *layers = [gathered_bytes(unit, scheme.mesh.shard, dtype) for unit in units]
     together = sorted(layers)[-2:] if scheme.resharded else layers
     return root + sum(together), root
 
@@ -114,7 +114,7 @@ def _gathered(model: Llama, scheme: Scheme, dtype: torch.dtype) -> tuple[int, in
 def _unreduced(model: Llama, scheme: Scheme, dtype: torch.dtype) -> list[int]:
     """Bytes of each unit's gradients before they are reduced: in the compute dtype, and copied to fp32. On one rank
     that copy is what is kept."""
-    number = dtype.itemsize + FP32 * (scheme.data_ranks > 1)
+    number = dtype.itemsize + FP32 * (scheme.mesh.data_ranks > 1)
     return [number * sum(p.numel() for p in unit if p.requires_grad) for unit in units_of(model)]
 
 

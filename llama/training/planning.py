@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import keep_frozen_in, on_meta
-from llama.parallel.scheme import Scheme, fullest_tensor_rank, mesh_of
+from llama.parallel.mesh import mesh_shape
+from llama.parallel.scheme import Scheme, fullest_tensor_rank
 from llama.parallel.tensor import unit_counts
 from llama.parallel.traffic import messages
 from llama.training.activations import Batch, activations
@@ -71,13 +72,13 @@ class Planner:
         """Raises UserError for a model that so many tensor ranks cannot share."""
         job = self.job
         batch = job.batch
-        shapes = self.shapes(scheme.tensor)
-        micro_batches = max(1, -(-job.step_tokens // (batch.tokens * scheme.data_ranks)))
+        shapes = self.shapes(scheme.mesh.tensor)
+        micro_batches = max(1, -(-job.step_tokens // (batch.tokens * scheme.mesh.data_ranks)))
         scheme = replace(scheme, micro_batches=micro_batches, defer_gradient_sync=job.defer_gradient_sync)
         held = states(shapes, scheme)
         kept = activations(shapes.model, scheme, batch, shapes.layers)
         sent = messages(shapes.model, scheme, batch.tokens, batch.dtype)
-        seconds = seconds_of_step(shapes.model, scheme, batch, sent, self.rates, job.document)
+        seconds = seconds_of_step(shapes, scheme, sent, self.rates, job.document)
         return Row(
             scheme,
             held,
@@ -85,18 +86,19 @@ class Planner:
             peak(shapes, scheme, held, kept),
             sum(message.sent for message in sent),
             seconds,
-            micro_batches * scheme.data_ranks * batch.tokens / seconds,
+            micro_batches * scheme.mesh.data_ranks * batch.tokens / seconds,
         )
 
 
 def schemes(gpus: int, node_gpus: int) -> Iterator[Scheme]:
     """All of them for so many GPUs. Tensor groups stay inside a node."""
-    for tensor_parallel in divisors(min(gpus, node_gpus)):
+    own_node = min(gpus, node_gpus)
+    for tensor_parallel in divisors(own_node):
         for sharding in SHARDINGS:
             is_alone = gpus == tensor_parallel and sharding != "full"  # one share of the data: all are the same
-            if is_alone or (sharding == "hybrid" and gpus <= node_gpus):
+            if is_alone or (sharding == "hybrid" and gpus == own_node):
                 continue
-            mesh = mesh_of(sharding, tensor_parallel, gpus, node_gpus)
+            mesh = mesh_shape(sharding, tensor_parallel, gpus, own_node)
             for checkpointing in CHECKPOINTINGS:
                 yield Scheme(sharding, mesh, checkpointing)
 
