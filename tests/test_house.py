@@ -43,11 +43,11 @@ LONGEST_FILE = 300
 LONGEST_FUNCTION = 45
 WIDEST_SIGNATURE = 7
 LONGEST_READING_PATH = 1550
-TOKENS_A_LINE = 9.6  # 9.5 before there was generation: masks and views of a cache name many things on a line
-# What the product has now; it may not grow without a reason. 11,000 lines trained; 5,000 more answer and score: a cache,
-# four ways to choose tokens, steps as fast as memory is read, prompts as in training, seven metrics with intervals,
-# and what a run has left as a model. 1,500 more scale: a mesh, ZeRO-1, tensor parallelism by hand, a planner that counts
-# bytes. The reading path stays.
+TOKENS_A_LINE = 9.6  # 9.5 before there was generation: masks and views of a cache name many things
+# What the product has now; it may not grow without a reason. 11,000 lines trained; 5,000 more answer and score: a
+# cache, four ways to choose tokens, steps as fast as memory is read, prompts as in training, seven metrics with
+# intervals, and what a run has left as a model. 1,500 more scale: a mesh, ZeRO-1, tensor parallelism by hand, a planner
+# that counts bytes. The reading path stays.
 LARGEST_PRODUCT = 17500
 
 
