@@ -66,12 +66,14 @@ def gathered_bytes(unit: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype)
     return sum(padded(p, ranks) * (dtype if p.is_floating_point() else p.dtype).itemsize for p in unit)
 
 
-def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> list[Message]:
+def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype, rows: int | None = None) -> list[Message]:
     """All that a rank sends in one step. `model`: the shapes of the fullest tensor rank, its frozen parts frozen.
-    `tokens`: of a micro-batch, all of them with labels."""
+    `tokens`: of a micro-batch. `rows`: how many of them have a label; None: all."""
     found = [*_of_weights(model, scheme, dtype), *_of_sums(model, scheme)]
     if scheme.mesh.tensor > 1:
         found += _of_stream(model, scheme, tokens, dtype)
+        each = 3 * 4 * (tokens if rows is None else rows)  # the largest logit, the sum of exponentials, the target's
+        found.append(Message("all_reduce", "tensor", scheme.mesh.tensor, each, scheme.micro_batches, "loss"))
     return [message for message in found if message.ranks > 1 and message.moved]
 
 
@@ -143,5 +145,3 @@ def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) ->
     ends = 1 + int(with_backward > 0)
     for kind in ("all_gather", "reduce_scatter"):
         yield Message(kind, "tensor", scheme.mesh.tensor, stream, ends * scheme.micro_batches, "stream: both ends")
-    rows = 3 * 4 * tokens  # the largest logit, the sum of exponentials and the target's logit, fp32
-    yield Message("all_reduce", "tensor", scheme.mesh.tensor, rows, scheme.micro_batches, "loss over the vocabulary")
