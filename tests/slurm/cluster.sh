@@ -3,6 +3,8 @@
 #
 #     tests/slurm/cluster.sh start FOLDER     its keys, sockets, logs and processes all belong to FOLDER
 #     export SLURM_CONF=FOLDER/slurm.conf     from now on sbatch, squeue, scancel and scontrol speak to it
+#     tests/slurm/cluster.sh kill FOLDER n2   as if somebody had pulled the plug of n2
+#     tests/slurm/cluster.sh boot FOLDER n2   ... and put it back
 #     tests/slurm/cluster.sh stop FOLDER
 #
 # It needs root and Debian's packages slurm-wlm and munge. It touches no service of the system and no file outside
@@ -71,7 +73,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 # What a site has at 30 to 300 seconds.
 KillWait=20
-SlurmdTimeout=20
+SlurmdTimeout=10
 SchedulerParameters=sched_interval=1,bf_interval=1
 NodeName=n1 NodeHostname=n1 NodeAddr=127.0.0.1 Port=$node1 CPUs=4 Gres=gpu:2
 NodeName=n2 NodeHostname=n2 NodeAddr=127.0.0.1 Port=$node2 CPUs=4 Gres=gpu:2
@@ -81,10 +83,10 @@ END
     echo "Name=gpu File=$folder/gpu[0-1]" > "$folder/gres.conf"
 }
 
-start_node() { # the daemon of node $1, in its own namespace of mounts and of host names
+boot() { # the daemon of node $1, in its own namespace of mounts and of host names
     unshare --mount --uts bash -c '
         mount --bind "$1/hosts" /etc/hosts && hostname "$2" && exec slurmd -N "$2" -f "$1/slurm.conf"
-    ' start_node "$folder" "$1"
+    ' boot "$folder" "$1"
 }
 
 start() {
@@ -97,8 +99,8 @@ start() {
         || complain "munged did not start: $(tail -n 1 "$folder/munged.stderr")"
     export SLURM_CONF=$folder/slurm.conf
     slurmctld -f "$SLURM_CONF"
-    start_node n1
-    start_node n2
+    boot n1
+    boot n2
     for _ in $(seq 100); do
         [ "$(sinfo --noheader --format %t 2> /dev/null)" = idle ] && return
         sleep 0.2
@@ -106,23 +108,37 @@ start() {
     complain "the nodes are not ready after 20 s: $(sinfo --noheader --Node --format '%N %t' | xargs); see $folder/*.log"
 }
 
-stop() {
+kill_node() { # node $1's daemon, and every process whose host name is the node's
+    local here there
+    here=$(readlink "/proc/$(cat "$folder/$1.pid")/ns/uts") || return 0
+    for process in /proc/[0-9]*; do
+        there=$(readlink "$process/ns/uts") || continue
+        [ "$there" != "$here" ] || kill -KILL "${process#/proc/}"
+    done
+}
+
+stop() { # jobs get a moment to end; then everything ends
     export SLURM_CONF=$folder/slurm.conf
-    scancel --user root --state running 2> /dev/null || true
-    for name in n1 n2 slurmctld munged; do
-        pid=$(cat "$folder/$name.pid" 2> /dev/null) || continue
-        kill "$pid" 2> /dev/null || continue
-        for _ in $(seq 100); do
-            kill -0 "$pid" 2> /dev/null || break
+    scancel --user root 2> /dev/null || true
+    for _ in $(seq 100); do
+        [ -n "$(squeue --noheader 2> /dev/null)" ] || break
+        sleep 0.2
+    done
+    kill_node n1
+    kill_node n2
+    for daemon in slurmctld munged; do
+        pid=$(cat "$folder/$daemon.pid" 2> /dev/null) || continue
+        while kill "$pid" 2> /dev/null; do
             sleep 0.1
         done
     done
 }
 
-[ $# = 2 ] || complain "expected: start FOLDER, or stop FOLDER"
-folder=$(realpath -m "$2")
-case $1 in
-    start) start ;;
-    stop) stop ;;
-    *) complain "$1: expected start or stop" ;;
+folder=$(realpath -m "${2:-}")
+case $#$1 in
+    2start) start ;;
+    2stop) stop ;;
+    3kill) kill_node "$3" ;;
+    3boot) boot "$3" ;;
+    *) complain "expected: start FOLDER, stop FOLDER, kill FOLDER NODE, or boot FOLDER NODE" ;;
 esac
