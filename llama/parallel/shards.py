@@ -66,35 +66,25 @@ def what_is_left(shape: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> 
 
 
 def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts.
-
-    FSDP over tensor parallelism (only in the tests) cuts a tensor twice: placements list FSDP's _StridedShard first,
-    but it was cut last. (PyTorch's compute_local_shape_and_global_offset is wrong for 9 rows on 4 x 2 ranks.)
-    """
+    """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts."""
     cuts: list[tuple[int, int, int]] = []
+    local = tensor.detach()
     if isinstance(tensor, DTensor):
-        cuts = _cuts_of(tensor)
+        mesh = tensor.device_mesh
+        for i, placement in enumerate(tensor.placements):
+            if hasattr(placement, "split_factor"):
+                raise ValueError(f"{placement}: expected tensor parallelism by llama.parallel.tensor, not by DTensor")
+            if hasattr(placement, "dim"):
+                cuts.append((placement.dim, mesh.size(i), mesh.get_local_rank(i)))
+        with torch.no_grad():
+            local = tensor.to_local().detach()
     start, size = what_is_left(tensor.shape, cuts)
-    with torch.no_grad():
-        local = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
     if list(local.shape) != size:
         raise ValueError(f"a part of {list(tensor.shape)} is {list(local.shape)}, not {size}")
     cut = tensor_cut(tensor)
     if cut and cut.dim is not None:
         start[cut.dim] += cut.start
     return local, start
-
-
-def _cuts_of(tensor: DTensor) -> list[tuple[int, int, int]]:
-    """Its cuts in the order in which they were made, for `what_is_left`."""
-    plain: list[tuple[int, int, int]] = []
-    strided: list[tuple[int, int, int]] = []
-    mesh = tensor.device_mesh
-    for i, placement in enumerate(tensor.placements):
-        if hasattr(placement, "dim"):
-            order = strided if hasattr(placement, "split_factor") else plain
-            order.append((placement.dim, mesh.size(i), mesh.get_local_rank(i)))
-    return plain + strided[::-1]
 
 
 def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:

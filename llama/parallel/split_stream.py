@@ -35,7 +35,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own: Tensor, group: dist.ProcessGroup, count: int | None) -> Tensor:
         ctx.group = group
-        return all_gather(own, group)[:count]
+        whole = all_gather(own, group)
+        # Shortened in place, because FSDP warns of a layer that returns a view.
+        return whole if count is None else whole.resize_(count, *own.shape[1:])
 
     @staticmethod
     def backward(ctx, d_whole: Tensor):

@@ -20,13 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from benchmarks.loading import PeakMemory
 from llama.boundary.errors import UserError
 from llama.boundary.untrusted import read_json
 from llama.model import Llama, ModelConfig, PackedDocuments
-from llama.parallel.shards import local_slice, region
 from llama.storage import slices
 from llama.storage.base import config_from_json, config_to_json
 from llama.storage.companions import Companions
@@ -56,15 +54,13 @@ CONFIGS = {
 }
 
 
-def sharded(config: ModelConfig, mesh=None, plan: dict | None = None) -> Llama:
+def sharded(config: ModelConfig, mesh=None) -> Llama:
     """A model that is sharded as training does it, its memory full of NaN."""
     with torch.device("meta"):
         model = Llama(config)
     for layer in model.layers:
-        if plan:
-            parallelize_module(layer, mesh["tensor"], plan)
-        fully_shard(layer, mesh=mesh["shard"] if plan else mesh)
-    fully_shard(model, mesh=mesh["shard"] if plan else mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         local(parameter).fill_(torch.nan)
@@ -484,54 +480,6 @@ def test_every_tensor_starts_at_a_multiple_of_its_width(tmp_path):
     assert (8 + size) % 8 == 0
     for name, width in (("a", 1), ("b", 4), ("c", 2)):
         assert header[name]["data_offsets"][0] % width == 0
-
-
-PLAN = {
-    "self_attn.q_proj": ColwiseParallel(),
-    "self_attn.o_proj": RowwiseParallel(),
-    "mlp.up_proj": ColwiseParallel(),
-    "mlp.down_proj": RowwiseParallel(),
-}
-
-
-def load_and_write_on_two_dimensions(source: Path, target: Path, expected: dict[str, torch.Tensor]) -> bool:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-    model = sharded(config_of(source), mesh, PLAN)
-    load_weights(model, source)
-    export_model(model, target, read_json(source, "config.json"), dtype=torch.float32)
-    # The parts of a tensor have to fit without gaps: torch gathers them by its own rules.
-    return all(torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
-
-
-def test_tensor_parallel_and_sharded_at_once_every_slice_is_the_right_one(ranks, hugging_face, tmp_path):
-    """C42, R24: rows cut by both dimensions (_StridedShard), columns by one and rows by the other."""
-    source = hugging_face("untied", torch.float32)
-    plain = Llama(CONFIG)
-    load_weights(plain, source)
-    expected = {name: p.detach() for name, p in plain.named_parameters()}
-    results = ranks(4, load_and_write_on_two_dimensions, source, tmp_path / "export", expected)
-    assert results == [True] * 4
-    assert same(folder_content(tmp_path / "export"), folder_content(source))
-
-
-def strided_parts(rows: int) -> list[bool]:
-    """Whether the slice we would read is what FSDP over tensor parallelism has kept, by rows and by columns."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-    right = []
-    for dim in (0, 1):
-        values = numbers(rows, 12)
-        linear = torch.nn.Linear(12, rows, bias=False)
-        linear.weight = torch.nn.Parameter(distribute_tensor(values, mesh["tensor"], [Shard(dim)]))
-        fully_shard(linear, mesh=mesh["shard"])
-        part, start = local_slice(linear.weight)
-        right.append(torch.equal(part, values[region(start, part)]))
-    return right
-
-
-@pytest.mark.parametrize("rows", [1, 9, slow(2), slow(3), slow(5), slow(7)])
-def test_uneven_rows_under_both_dimensions_lie_where_we_say(ranks, rows):
-    """C42: FSDP cuts what tensor parallelism has left of a matrix, whether or not it divides evenly."""
-    assert ranks(4, strided_parts, rows) == [[True, True]] * 4
 
 
 def load_replicated(source: Path, target: Path) -> bool:
