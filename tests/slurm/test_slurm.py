@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from llama.training.settings import TrainingSettings
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 NEEDED = ("munged", "slurmctld", "slurmd", "unshare")
-STEPS = 120
+STEPS = 60
 pytestmark = pytest.mark.slow
 
 
@@ -44,7 +45,7 @@ class Slurm:
 
     def flags(self, output: Path) -> list[str]:
         return ["--data", str(self.data), "--template", "imdb", "--output", str(output), "--max_steps", str(STEPS),
-                "--epochs", "100", "--batch_size", "2", "--save_every", "40", "--eval_limit", "4", "--eval_every", "0",
+                "--epochs", "100", "--batch_size", "2", "--save_every", "20", "--eval_limit", "4", "--eval_every", "0",
                 "--sample_prompts", "0", "--max_length", "192"]  # fmt: skip
 
     def submit(self, output: Path, *more: str) -> str:
@@ -91,6 +92,27 @@ def after_step(output: Path, step: int):
     return lambda: metrics.is_file() and any(line["step"] >= step for line in lines_of(output))
 
 
+def process_on(node: str, output: Path) -> int:
+    """One of the processes that train in this folder, on this node."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            words = (process / "cmdline").read_text().split("\0")
+            if "-u" in words and str(output) in words:  # torchrun itself, and srun, have no -u
+                if f"SLURMD_NODENAME={node}\0" in (process / "environ").read_text():
+                    return int(process.name)
+    raise AssertionError(f"no process of {output} on {node}")
+
+
+@contextmanager
+def waiting(process: int) -> Iterator[None]:
+    """The run does not end before what the block asks SLURM for has begun: one of its processes waits that long."""
+    os.kill(process, signal.SIGSTOP)
+    yield
+    time.sleep(2)
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+
+
 def test_two_nodes_of_two_processes_train_as_one_of_four(slurm, uninterrupted, tmp_path):
     out = tmp_path / "out"
     state, restarts, log = slurm.end(slurm.submit(out))
@@ -104,7 +126,8 @@ def test_a_job_whose_time_is_nearly_over_saves_and_comes_back_by_itself(slurm, u
     out = tmp_path / "out"
     job = slurm.submit(out)
     assert wait_for(after_step(out, 5))
-    slurm("scancel", "--batch", "--signal=USR1", job)
+    with waiting(process_on("n2", out)):
+        slurm("scancel", "--batch", "--signal=USR1", job)
     state, restarts, log = slurm.end(job)
     assert (state, restarts) == ("COMPLETED", 1), log
     stopped = re.search(rf"SIGUSR1: saved and stopped after step (\d+) of {STEPS}", log)
@@ -115,13 +138,13 @@ def test_a_job_whose_time_is_nearly_over_saves_and_comes_back_by_itself(slurm, u
 def test_a_lost_node_is_named_and_the_job_continues_when_there_are_nodes_again(slurm, uninterrupted, tmp_path):
     out = tmp_path / "out"
     job = slurm.submit(out)
-    assert wait_for(after_step(out, 41)) and saved_steps(out) == [40]
+    assert wait_for(after_step(out, 21)) and saved_steps(out) == [20]
     slurm.cluster("kill", slurm.folder, "n2")
     assert wait_for(lambda: slurm.state(job)["Restarts"] == "1")
     slurm.cluster("boot", slurm.folder, "n2")
     state, restarts, log = slurm.end(job)
     assert (state, restarts) == ("COMPLETED", 1), log
-    assert "Node failure on n2" in log and f"resuming after step 40 of {STEPS}" in log
+    assert "Node failure on n2" in log and f"resuming after step 20 of {STEPS}" in log
     assert_equal_runs(out, uninterrupted, STEPS)
 
 
@@ -129,33 +152,23 @@ def test_a_killed_process_ends_the_job_with_its_nodes_name_and_new_jobs_continue
     """The second job is cancelled: it saves first, and is not started again."""
     out = tmp_path / "out"
     job = slurm.submit(out)
-    assert wait_for(after_step(out, 41)) and saved_steps(out) == [40]
+    assert wait_for(after_step(out, 21)) and saved_steps(out) == [20]
     os.kill(process_on("n2", out), signal.SIGKILL)
     state, restarts, log = slurm.end(job)
     assert (state, restarts) == ("FAILED", 0) and "srun: error: n2: task 1: Exited with exit code 1" in log, log
 
     job = slurm.submit(out)
-    assert wait_for(after_step(out, 45))
-    slurm("scancel", job)
+    assert wait_for(after_step(out, 25))
+    with waiting(process_on("n2", out)):
+        slurm("scancel", job)
     state, restarts, log = slurm.end(job)
-    assert (state, restarts) == ("CANCELLED", 0) and f"resuming after step 40 of {STEPS}" in log, log
+    assert (state, restarts) == ("CANCELLED", 0) and f"resuming after step 20 of {STEPS}" in log, log
     stopped = saved_steps(out)[-1]
-    assert stopped >= 45
+    assert stopped >= 25
 
     state, restarts, log = slurm.end(slurm.submit(out))
     assert (state, restarts) == ("COMPLETED", 0) and f"resuming after step {stopped} of {STEPS}" in log, log
     assert_equal_runs(out, uninterrupted, STEPS)
-
-
-def process_on(node: str, output: Path) -> int:
-    """One of the processes that train in this folder, on this node."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            words = (process / "cmdline").read_text().split("\0")
-            if "-u" in words and str(output) in words:  # torchrun itself, and srun, have no -u
-                if f"SLURMD_NODENAME={node}\0" in (process / "environ").read_text():
-                    return int(process.name)
-    raise AssertionError(f"no process of {output} on {node}")
 
 
 def test_a_mistyped_flag_is_one_line_and_ends_the_job(slurm, tmp_path):
