@@ -5,8 +5,7 @@
 
 Real ranks (gloo) take real steps of a small Llama with the trainer's own code. Every collective that reaches c10d is
 seen by its dispatcher, those of FSDP and of the backward, too. Counted: the bytes that are gathered, reduced and
-scattered, or reduced. Sent: by a ring, (n - 1) / n of them, twice that for an all-reduce. Psi: weights of the model; the
-ZeRO paper counts numbers, so a byte of bf16 is half a number and one of fp32 a quarter.
+scattered, or reduced. Sent: by a ring, (n - 1) / n of them, twice that for an all-reduce.
 """
 
 import argparse
@@ -24,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp_train
@@ -35,9 +34,9 @@ from llama.parallel.distribute import keep_frozen_in, on_meta
 from llama.parallel.mesh import DIMENSIONS, mesh_shape
 from llama.parallel.processes import Process, join
 from llama.parallel.scheme import Scheme, fullest_tensor_rank
+from llama.parallel.shards import local_slice
 from llama.parallel.traffic import Message, messages
 from llama.storage.peft import Adapter
-from llama.storage.pretrained import initialize_weights
 from llama.training.settings import TrainingSettings
 from lora import Changes
 
@@ -46,9 +45,9 @@ SHAPE = ModelConfig(vocab_size=2048, hidden_size=256, intermediate_size=704, num
 TOKENS = 128  # of an example
 EXAMPLES = 4  # in a micro-batch
 KINDS = {  # operators of c10d: which of their arguments has all the bytes, and what they are
-    "_allgather_base_": (0, "all_gather"), "all_gather_into_tensor": (0, "all_gather"),
-    "_reduce_scatter_base_": (1, "reduce_scatter"), "allreduce_": (0, "all_reduce"), "broadcast_": (0, "broadcast"),
-    "allgather_": (0, "all_gather"), "allreduce_coalesced_": (0, "all_reduce"),
+    "_allgather_base_": (0, "all_gather"), "allgather_": (0, "all_gather"),
+    "_reduce_scatter_base_": (1, "reduce_scatter"),
+    "allreduce_": (0, "all_reduce"), "allreduce_coalesced_": (0, "all_reduce"), "broadcast_": (0, "broadcast"),
 }
 SETTINGS = {
     1: ({"sharding": "full"},),
@@ -73,7 +72,10 @@ SETTINGS = {
         {"sharding": "full", "lora_rank": 8}, {"sharding": "none", "lora_rank": 8},
         {"sharding": "full", "lora_rank": 8, "quantize": "nf4"},
         {"sharding": "full", "tensor_parallel": 2, "lora_rank": 8},
+        {"sharding": "full", "tensor_parallel": 2, "lora_rank": 8, "activation_checkpointing": "full"},
         {"sharding": "full", "train_layers": "last:2,norm,lm_head"},
+        {"sharding": "full", "tensor_parallel": 2, "train_layers": "last:2,norm,lm_head"},
+        {"sharding": "zero1", "tensor_parallel": 2, "train_layers": "norm,lm_head"},
     ),
 }  # fmt: skip
 
@@ -86,21 +88,26 @@ class Counted(TorchDispatchMode):
         self.bytes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.partition("::")
-        if name[0] in ("c10d", "_c10d_functional") and name[2] not in ("barrier", "wait_tensor"):
-            place, kind = KINDS[name[2]]  # a KeyError names an operator that nobody has counted yet
-            groups = [dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup"
-                      in str(a._type())]
-            ranks = tuple(dist.get_process_group_ranks(groups[0]))
-            tensors = args[place] if isinstance(args[place], list) else [args[place]]
+        room, _, operator = func._schema.name.partition("::")
+        if room in ("c10d", "_c10d_functional") and operator != "barrier":
+            place, kind = KINDS[operator]  # a KeyError names an operator that nobody has counted yet
+            ranks = tuple(dist.get_process_group_ranks(_group(args)))
             if len(ranks) > 1:
-                self.bytes[kind, ranks] += sum(t.numel() * t.itemsize for t in _flat(tensors))
+                self.bytes[kind, ranks] += sum(tensor.numel() * tensor.itemsize for tensor in _flat(args[place]))
         return func(*args, **(kwargs or {}))
 
 
+def _group(args: tuple) -> dist.ProcessGroup:
+    objects = [a for a in args if isinstance(a, torch.ScriptObject)]
+    (group,) = (a for a in objects if "ProcessGroup" in str(a._type()))
+    return dist.ProcessGroup.unbox(group)
+
+
 def _flat(tensors):
-    for item in tensors:
-        yield from _flat(item) if isinstance(item, list) else [item]
+    """The tensors of lists of lists, or one tensor."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [tensor for inner in tensors for tensor in _flat(inner)]
 
 
 class Data:
@@ -125,6 +132,17 @@ def mesh_process(given: dict, node_ranks: int) -> Process:
                    init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS))
 
 
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Some numbers in each rank's slices: what is sent does not depend on them."""
+    for parameter in model.parameters():
+        local = local_slice(parameter)[0]
+        if local.is_floating_point():
+            local.normal_(std=0.02)
+        else:
+            local.fill_(1)
+
+
 def job_of(given: dict, process: Process, micro_batches: int) -> tuple[SimpleNamespace, SimpleNamespace]:
     """What the trainer's `build` and `train_step` ask for, with random weights and data."""
     settings = TrainingSettings(model="small", **given).with_recipe(process.world_size)
@@ -132,7 +150,7 @@ def job_of(given: dict, process: Process, micro_batches: int) -> tuple[SimpleNam
     changes = Changes(settings.quantize, adapter, settings.train_layers)
     parts = process.data_ranks * micro_batches
     data = Data(parts * EXAMPLES)
-    base = SimpleNamespace(config=SHAPE, load=lambda model, seed: initialize_weights(model, seed))
+    base = SimpleNamespace(config=SHAPE, load=fill)
     schedule = SimpleNamespace(micro_batches=lambda step: deal(list(range(len(data))), data.lengths, parts, EXAMPLES))
     plan = SimpleNamespace(schedule=schedule, dtype=getattr(torch, settings.dtype), saved=None, manifest=None)
     task = SimpleNamespace(base=base, changes=changes, examples=data, data=SimpleNamespace(test=None), words=None)
@@ -215,15 +233,16 @@ def name_of(given: dict) -> str:
 
 def table(results: list[dict]) -> str:
     psi = sum(p.numel() for p in on_meta(SHAPE).parameters())
-    lines = [f"Psi = {psi:,} weights; a micro-batch has {TOKENS * EXAMPLES} tokens",
-             "| ranks | setting | all-gather MB | reduce-scatter MB | all-reduce MB | sent MB | formula MB | difference "
-             "| sent, bytes a weight | ms a step |", "|---" * 10 + "|"]
+    head = ("ranks", "setting", "all-gather MB", "reduce-scatter MB", "all-reduce MB", "sent MB", "formula MB",
+            "difference", "sent, bytes a weight", "ms a step")  # fmt: skip
+    lines = [f"Psi = {psi:,} weights; a micro-batch has {TOKENS * EXAMPLES} tokens", f"| {' | '.join(head)} |",
+             "|---" * len(head) + "|"]
     for row in results:
-        cells = [f"{row['by_kind'].get(kind, [0])[0] / 1e6:.3f}" for kind in
-                 ("all_gather", "reduce_scatter", "all_reduce")]
-        cells += [f"{row['sent'] / 1e6:.3f}", f"{row['sent_by_formula'] / 1e6:.3f}",
-                  f"{row['sent'] - row['sent_by_formula']:.0f} B", f"{row['sent'] / psi:.2f}", f"{row['ms']:.0f}"]
-        lines.append(f"| {row['ranks']} | {name_of(row['setting'])} | " + " | ".join(cells) + " |")
+        kinds = [row["by_kind"].get(kind, [0])[0] for kind in ("all_gather", "reduce_scatter", "all_reduce")]
+        cells = [f"{count / 1e6:.3f}" for count in (*kinds, row["sent"], row["sent_by_formula"])]
+        cells.append(str(row["differences"] or "0"))
+        cells += [f"{row['sent'] / psi:.2f}", f"{row['ms']:.0f}"]
+        lines.append(f"| {row['ranks']} | {name_of(row['setting'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

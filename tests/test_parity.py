@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from five_steps import MOVED, SETTINGS, TRAINED, Runs, has_float64, is_near
+from five_steps import MOVED, SETTINGS, Runs, has_float64, is_near
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each setting with one thing to train, in turn, so that all are there.

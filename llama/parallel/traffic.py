@@ -7,6 +7,8 @@ twice that for an all-reduce, which is one of each. So with Psi weights and a la
     here, in bytes: gathered in bf16, reduced in fp32             none (4 + 4) Psi, grad (2 + 4) Psi,
                                                                   full (2 + 2 + 4) Psi
 
+zero1 here all-reduces and then gathers the updated weights: (4 + 4 + 4) Psi, because its gradients stay whole.
+
 Tensor parallelism (https://arxiv.org/abs/1909.08053, with the stream split by tokens as in
 https://arxiv.org/abs/2205.05198) moves the residual stream of each layer 4 times by all-gather and 4 times by
 reduce-scatter: before and after attention and MLP, in the forward and in the backward.
@@ -84,7 +86,8 @@ def _of_weights(model: Llama, scheme: Scheme, dtype: torch.dtype) -> Iterator[Me
     for i, unit in enumerate(units_of(model)):
         what = "layers" if i else "embedding and head"
         trained = [p for p in unit if p.requires_grad]
-        gathers = 2 if scheme.resharded and (i == 0 or i > lowest) else 1
+        # For the backward again: also the layer below the lowest trained one, because FSDP fetches one layer ahead.
+        gathers = 2 if scheme.resharded and (i == 0 or i >= lowest) else 1
         payload = gathered_bytes(unit, shard, dtype)
         yield Message("all_gather", "shard", shard, payload, gathers * scheme.micro_batches, f"weights: {what}")
         reduced = 4 * sum(padded(p, shard) for p in trained)
@@ -101,7 +104,7 @@ def lowest_trained_layer(model: Llama) -> int:
     layers where only the norm or lm_head is trained."""
     if model.embed_tokens.weight.requires_grad:
         return 0
-    trained = [i for i, layer in enumerate(model.layers) if any(p.requires_grad for p in layer.parameters())]
+    trained = [i for i, layer in enumerate(model.layers) if is_trained(layer)]
     return min(trained, default=len(model.layers))
 
 
@@ -116,7 +119,7 @@ def _of_sums(model: Llama, scheme: Scheme) -> Iterator[Message]:
             yield Message("all_gather", "replicate", ranks, updated, 1, f"updated weights: {what}")
     shared = [p for name, p in model.named_parameters() if p.requires_grad and is_whole(name)]
     held = 4 * sum(padded(p, scheme.mesh.shard) for p in shared) / scheme.mesh.shard
-    yield Message("all_reduce", "tensor", scheme.mesh.tensor, held, 1, "gradients of what is whole on every tensor rank")
+    yield Message("all_reduce", "tensor", scheme.mesh.tensor, held, 1, "gradients of what every tensor rank has whole")
 
 
 def is_whole(name: str) -> bool:
@@ -132,16 +135,30 @@ def is_whole(name: str) -> bool:
 
 
 def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> Iterator[Message]:
-    """Tensor parallelism's: the residual stream, gathered before attention and MLP and scattered after them."""
+    """Tensor parallelism's: the residual stream is gathered before attention and MLP, and scattered after them.
+
+    The backward of a gather is a reduce-scatter and the reverse. Autograd leaves out what leads to no trained weight.
+    """
     per_rank = largest_part(tokens, scheme.mesh.tensor)
     stream = per_rank * scheme.mesh.tensor * model.config.hidden_size * dtype.itemsize
-    layers = len(model.layers)
-    with_backward = layers - lowest_trained_layer(model)
-    recomputed = with_backward if scheme.activation_checkpointing == "full" else 0
-    both_ways = 2 * (layers + with_backward + recomputed)
-    for kind in ("all_gather", "reduce_scatter"):
-        yield Message(kind, "tensor", scheme.mesh.tensor, stream, both_ways * scheme.micro_batches, "stream: layers")
-    # The embedding's parts are added up and scattered; before lm_head the stream is gathered. Backwards, the reverse.
-    ends = 1 + int(with_backward > 0)
-    for kind in ("all_gather", "reduce_scatter"):
-        yield Message(kind, "tensor", scheme.mesh.tensor, stream, ends * scheme.micro_batches, "stream: both ends")
+    recomputes = scheme.activation_checkpointing == "full"
+    # The embedding's parts are added up and scattered; the last layer's output is gathered.
+    gathers = scatters = 1
+    flows = is_trained(model.embed_tokens)  # whether a gradient must get down to here
+    gathers += flows
+    for layer in model.layers:
+        for norm, part in (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")):
+            into = flows or is_trained(layer.get_submodule(norm))
+            flows = into or is_trained(layer.get_submodule(part))
+            gathers += 1 + flows
+            scatters += 1 + into
+        if recomputes and flows:  # all but the scattering after the MLP, whose result no backward needs
+            gathers += 2
+            scatters += 1
+    scatters += flows
+    for kind, times in (("all_gather", gathers), ("reduce_scatter", scatters)):
+        yield Message(kind, "tensor", scheme.mesh.tensor, stream, times * scheme.micro_batches, "stream")
+
+
+def is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
