@@ -5,8 +5,6 @@ tensor ranks compute is cut away (tensor.py) -> compile each layer -> checkpoint
 then the rest -> allocate the shards -> load the weights. The same code runs on any number of ranks, also on one.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,11 +15,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from llama.model import Llama, ModelConfig
 from llama.parallel import tensor
 from llama.parallel.processes import Process
+from llama.parallel.recompute import recompute_activations
 
 
 def on_meta(config: ModelConfig) -> Llama:
@@ -50,11 +48,9 @@ def distribute(
     for layer in model.layers:
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        if activation_checkpointing == "full":
-            forget_activations(layer)
-    offload = cpu_offload and process.device.type != "cpu"  # without a GPU everything is in the host's memory anyway
-    shard(model, process.mesh, dtype, sharding, offload)
-    model.to_empty(device="cpu" if offload else process.device)
+        recompute_activations(layer, activation_checkpointing)
+    shard(model, process.mesh, dtype, sharding, cpu_offload)
+    model.to_empty(device="cpu" if cpu_offload else process.device)
     tensor.mark(model)
 
 
@@ -63,15 +59,6 @@ def keep_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def forget_activations(layer: nn.Module) -> None:
-    """Activation checkpointing: keep only the layer's input, and compute the rest again in the backward.
-
-    Replacing `forward` on the instance, instead of wrapping the module, keeps the parameters' names.
-    Chen et al. 2016, https://arxiv.org/abs/1604.06174
-    """
-    layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
 
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, sharding: str, cpu_offload: bool = False) -> None:
@@ -88,7 +75,7 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, sharding: str, cpu
         "reshard_after_forward": sharding != "grad",
         # Gradients are summed over ranks in fp32: the sum of many bf16 numbers would lose the small ones.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
     }
     if slices == 1 and not cpu_offload:
         # Whole frozen weights are in `dtype` already and have no gradients: FSDP would only copy them twice a step.
@@ -98,8 +85,10 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, sharding: str, cpu
     # Embedding, last norm and lm_head in one unit: a tied weight must be in one unit to stay one weight.
     fully_shard(model, **how)
     # While one unit computes, the next one is gathered already.
-    units = [model, *model.layers]
-    for unit, following in zip(units, units[1:], strict=False):
+    forward, backward = [model, *model.layers], [model, *model.layers[::-1]]
+    for unit, following in zip(forward, forward[1:], strict=False):
         unit.set_modules_to_forward_prefetch([following])
+    for unit, following in zip(backward, backward[1:], strict=False):
+        unit.set_modules_to_backward_prefetch([following])
     # FSDP gathers weights before `forward` only, unless it is told of another method that computes.
     register_fsdp_forward_method(model, "logits")

@@ -131,15 +131,16 @@ class WhereToTrain(Settings):
     tensor_parallel: int = setting(
         1, "so many neighbouring ranks compute each layer together, on the same examples", at_least=1
     )
-    cpu_offload: bool = setting(False, "on a GPU: keep weights and optimizer in the host's memory")
+    cpu_offload: bool = setting(False, "keep weights and optimizer state in the host's memory; for GPUs")
     defer_gradient_sync: bool = setting(
         False,
         "reduce gradients once a step instead of once a micro-batch; keeps whole fp32 gradients on every rank",
     )
     activation_checkpointing: str = setting(
         "none",
-        "full: keep only each layer's input and compute the rest again in the backward",
-        choices=("none", "full"),
+        "full: keep only each layer's input and compute the rest again in the backward; selective: keep products and "
+        "attention, too",
+        choices=("none", "full", "selective"),
     )
     compile: bool = setting(False, "compile each layer (half a minute at the start)")
 

@@ -246,11 +246,13 @@ def test_fsdp_on_one_rank_is_bitwise_the_plain_model(ranks, config):
 
 
 @pytest.mark.parametrize("options, dtype", [
-    ({"activation_checkpointing": "full"}, torch.float32), ({"sharding": "grad"}, torch.bfloat16),
+    ({"activation_checkpointing": "selective"}, torch.float32), ({"cpu_offload": True}, torch.bfloat16),
+    slow({"activation_checkpointing": "full"}, torch.float32), slow({"cpu_offload": True}, torch.float32),
     slow({"activation_checkpointing": "full"}, torch.bfloat16), slow({"sharding": "grad"}, torch.float32),
+    slow({"activation_checkpointing": "selective"}, torch.bfloat16), slow({"sharding": "grad"}, torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_what_saves_or_spends_memory_changes_no_bit(ranks, options, dtype):
-    """C36: activation checkpointing, and keeping gathered weights until the backward, on two ranks."""
+    """C36: activation checkpointing, offload, and keeping gathered weights until the backward, on two ranks."""
     plain = ranks(2, trained, TIED, SETTINGS, STEPS, dtype)
     assert_bitwise_equal(ranks(2, trained, TIED, SETTINGS, STEPS, dtype, **options)[0], plain[0])
 
@@ -379,7 +381,8 @@ def names(**options) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("options", [
-    {"activation_checkpointing": "full"}, slow({}), slow({"sharding": "grad"}), slow({"compile": True}),
+    {"activation_checkpointing": "selective"}, slow({}), slow({"sharding": "grad"}), slow({"compile": True}),
+    slow({"activation_checkpointing": "full"}),
     slow({"compile": True, "activation_checkpointing": "full"}),
 ], ids=str)
 def test_names_are_those_of_the_plain_model_whatever_is_applied_to_it(ranks, options):
