@@ -170,7 +170,7 @@ def weights_of(base: Base, **changes) -> dict[str, torch.Tensor]:
         return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("trained", ["all", "last:1,norm"])
+@pytest.mark.parametrize("trained", [pytest.param("all", marks=pytest.mark.slow), "last:1,norm"])
 @pytest.mark.parametrize("kind", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_checkpoint_opened_as_a_model_is_the_model_that_it_exports_to(tmp_path, call, trained, kind):
     """R24: also packed, and also where frozen weights come from the base."""
@@ -187,6 +187,7 @@ def test_a_checkpoint_opened_as_a_model_is_the_model_that_it_exports_to(tmp_path
         Base.open(str(run / "checkpoints/step-000002"))  # nothing is trained on a folder that a run may delete
 
 
+@pytest.mark.slow
 def test_an_adapters_checkpoint_on_its_base_is_the_adapter_that_it_exports_to(tmp_path, call):
     """R24, C37."""
     save_run(tmp_path / "tiny", [1])

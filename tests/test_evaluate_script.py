@@ -142,6 +142,7 @@ def test_perplexity_is_the_exponential_of_the_loss_over_every_token(exported, re
     assert result["n"] == 6 and result["split"] == "test"
 
 
+@pytest.mark.slow
 def test_a_held_out_part_of_a_file_is_scored_when_asked_for_and_named_in_the_result(
     exported, tmp_path, monkeypatch, capsys
 ):
@@ -180,7 +181,7 @@ def questions(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("metric", [None, "loss", "perplexity"])
+@pytest.mark.parametrize("metric", [None, pytest.param("loss", marks=pytest.mark.slow), "perplexity"])
 def test_free_answers_are_scored_by_their_loss_and_whole_texts_by_perplexity(
     exported, questions, monkeypatch, capsys, metric
 ):
@@ -197,6 +198,7 @@ def test_free_answers_are_scored_by_their_loss_and_whole_texts_by_perplexity(
     assert result.get("perplexity", np.exp(loss)) == pytest.approx(np.exp(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_answer_words_are_scored_by_accuracy_unless_asked_otherwise(exported, reviews, monkeypatch, capsys):
     """C52: the loss is of the answers alone, the same with either metric; perplexity is of every token."""
     result = {}
@@ -264,7 +266,11 @@ EVERY_METRIC = {
 }
 
 
-@pytest.mark.parametrize("case", EVERY_METRIC)
+REPEATED = ("loss", "rouge", "exact_match")  # as perplexity, and as texts that are written and compared
+METRICS = [pytest.param(case, marks=pytest.mark.slow) if case in REPEATED else case for case in EVERY_METRIC]
+
+
+@pytest.mark.parametrize("case", METRICS)
 def test_the_predictions_of_every_metric_give_it_again(
     exported, reviews, questions, tmp_path, monkeypatch, capsys, case
 ):
@@ -366,6 +372,7 @@ def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     assert status == 2 and "new.jsonl: 23 of 23 rows cannot be used" in err
 
 
+@pytest.mark.slow
 def test_a_runs_folder_stands_for_what_the_run_has_left(exported, reviews, tmp_path, monkeypatch, capsys):
     """A model, or an adapter with the base and the rounding of the run; which it was is said."""
     run, tuned = tmp_path / "run", tmp_path / "tuned"

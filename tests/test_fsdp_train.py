@@ -298,7 +298,7 @@ def plain_loss(encoded: EncodedData, prompts: bool) -> tuple[float, int]:
     return total / labels, labels
 
 
-@pytest.mark.parametrize("prompts", [False, True])
+@pytest.mark.parametrize("prompts", [pytest.param(False, marks=slow), True])
 def test_the_loss_is_over_the_answers_or_with_prompts_over_every_token_but_the_first(train, tmp_path, prompts):
     """C1, C2, C52: the first step's, over all examples, is that of a plain loop; held out are answers only."""
     path, out = write_questions(tmp_path / "rows.jsonl", 17), tmp_path / "out"

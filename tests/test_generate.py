@@ -145,6 +145,7 @@ class Interrupted:
             yield answer
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_where_it_was(exported, questions, tmp_path, command):
     """One line and status 130; the same command again asks only what is missing, and the file is the same."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
@@ -171,6 +172,7 @@ def test_an_interrupted_command_goes_on_where_it_was(exported, questions, tmp_pa
     assert status == 2 and err.splitlines()[-1].endswith("exists already, expected the name of a new file")
 
 
+@pytest.mark.slow
 def test_prompts_of_a_template_end_with_its_words_and_are_cut_as_in_training(exported, tmp_path, command):
     """C12, C13: the prompt of a review is that of training, with room for the longest answer word; no label needed."""
     reviews = write_reviews(tmp_path / "reviews.jsonl", 9)

@@ -575,7 +575,9 @@ def test_the_command_writes_a_folder_that_transformers_opens(ranks, folder, tmp_
     assert (out / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
 
 
-@pytest.mark.parametrize("stored_as, asked", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")])
+@pytest.mark.parametrize("stored_as, asked", [
+    pytest.param("float32", None, marks=SLOW), ("bfloat16", None), ("float32", "bfloat16"),
+])  # fmt: skip
 def test_the_command_writes_the_merged_weights_in_the_bases_dtype_unless_asked_otherwise(
     ranks, folder, tmp_path, monkeypatch, capsys, stored_as, asked
 ):

@@ -162,6 +162,7 @@ def test_the_command_for_a_folder_fine_tunes_it(trained, clone):
     assert (clone / "runs/imdb-SmolLM2-135M-Instruct/model/config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_that_shows_data_prints_what_the_readme_shows(clone):
     [command] = [c for c in COMMANDS if "data.py" in c]
     said = run(command, clone)

@@ -280,7 +280,8 @@ def test_a_damaged_cache_is_named(tmp_path, own_cache, bundled, name, cut):
     assert len(error.value.lines) == 1
 
 
-@pytest.mark.parametrize("rows", [5, 100, 2100], ids=["a few bytes", "many", "in a second batch"])
+@pytest.mark.parametrize("rows", [5, 100, pytest.param(2100, marks=pytest.mark.slow)],
+                         ids=["a few bytes", "many", "in a second batch"])  # fmt: skip
 def test_a_full_disk_is_told_and_nothing_is_published(tmp_path, own_cache, bundled, monkeypatch, rows):
     """R3, R21: whether the system refuses at once or only when the file is closed; later all is well."""
     path = write_rows(tmp_path / "train.jsonl", reviews(rows))

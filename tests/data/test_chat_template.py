@@ -155,7 +155,8 @@ def test_the_layout_is_the_one_that_writes_what_the_folders_template_writes(tmp_
 
 
 @pytest.mark.parametrize("template, control, bos", [
-    (SMOLLM2, CHATML, False), (LLAMA31, HEADERS, True), (ZEPHYR, (), False), (LLAMA2, (), True),
+    (SMOLLM2, CHATML, False), (LLAMA31, HEADERS, True),
+    pytest.param(ZEPHYR, (), False, marks=pytest.mark.slow), pytest.param(LLAMA2, (), True, marks=pytest.mark.slow),
 ], ids=["smollm2", "llama3.1", "zephyr", "llama2"])
 def test_with_the_system_turn_of_the_folder_the_trained_ids_are_the_served_ones(tmp_path, template, control, bos):
     """C12: --system default, for conversations with and without a system turn; no note is left."""

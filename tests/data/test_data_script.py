@@ -494,7 +494,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+DRAWN = ("charts in a file", "charts in no folder")  # what can fail only once the charts are drawn
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in DRAWN else c for c in MISTAKES])
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(tmp_path, monkeypatch, capsys, case):
     """R15, R17: or the lines of bad rows and their number; never a traceback, and no charts."""
     good = json.dumps(reviews(1)[0]) + "\n"

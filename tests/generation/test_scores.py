@@ -49,7 +49,10 @@ def kept(settings, stops: int) -> int:
     return max(2, 1 + stops) if settings.num_beams > 1 else 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [
+    pytest.param(torch.float32, marks=pytest.mark.slow), pytest.param(torch.float64, marks=pytest.mark.slow),
+    torch.bfloat16,
+], ids=str)  # fmt: skip
 def test_every_mixture_of_settings_equals_transformers(dtype):
     """bfloat16 scores tie: there the order in which top-p drops equal tokens is whatever torch.sort does."""
     for seed in range(40):

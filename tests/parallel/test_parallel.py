@@ -147,7 +147,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut_into_micro_batches(ranks,
 
 
 CONFIGS = {"untied": UNTIED, "tied": TIED}
-FAST = [(1, 4, "untied"), (2, 1, "tied"), (4, 2, "untied")]
+FAST = [(2, 1, "tied"), (4, 2, "untied")]
 CASES = [(world, micro_batches, kind) for world, micro_batches in [(1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]
          for kind in CONFIGS]  # fmt: skip
 

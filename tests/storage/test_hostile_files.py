@@ -185,7 +185,7 @@ def model_folder(scratch: Path, shards: bool) -> dict[str, bytes]:
     return read(folder)
 
 
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("shards", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_folder_of_anybody_is_read_or_refused(scratch, shards):
     """R12, R13: configuration, tokenizer, headers, index; memory is never taken for what a file only says."""
     files = model_folder(scratch, shards)

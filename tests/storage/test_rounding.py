@@ -51,7 +51,7 @@ def train_and_export(folder: Path, out: Path, size: float, vanish: bool = False)
     return base.about_export(model)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-1])
+@pytest.mark.parametrize("size", [1e-4, pytest.param(1e-1, marks=pytest.mark.slow)])
 def test_the_part_that_rounding_loses_is_that_of_the_files_on_any_number_of_ranks(ranks, base, tmp_path, size):
     """The squares of all errors over those of all changes, once for a tied matrix; small changes get a way out."""
     said = ranks(1, train_and_export, base, tmp_path / "exact", size)

@@ -75,7 +75,7 @@ def uninterrupted(ranks, data, cache, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("number", [
-    signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=slow), pytest.param(signal.SIGHUP, marks=slow),
+    signal.SIGTERM, *(pytest.param(number, marks=slow) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
 ])  # fmt: skip
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_resumed_run_equals_the_uninterrupted(
     ranks, data, cache, uninterrupted, tmp_path, number

@@ -119,6 +119,7 @@ def test_an_adapters_card_and_files_are_what_its_merge_needs(run, base, tmp_path
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_checkpoints_export_has_the_same_files_as_the_runs(run, tmp_path, monkeypatch, capsys):
     """Byte by byte, the card too: run.json and the manifest hold all that they are made of."""
     output = run(CHATS)

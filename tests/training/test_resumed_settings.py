@@ -83,6 +83,7 @@ def test_a_finished_run_trains_longer_on_the_schedule_of_all_its_steps(ranks, da
     assert summary_of(out)["steps"] == 12 and summary_of(out)["examples"] == 48
 
 
+@pytest.mark.slow
 def test_a_replay_of_a_run_that_was_changed_on_its_way_is_not_called_the_same(ranks, data, cache, tmp_path):
     """Its learning rate followed another schedule first."""
     out = tmp_path / "out"
