@@ -50,10 +50,11 @@ def test_a_recipe_is_a_valid_config(path):
 def test_the_commands_of_the_table_are_valid(path):
     """Each names its recipe, and says no more on the command line than --help knows."""
     text = (ROOT / "recipes/README.md").read_text().replace("\\\n", " ")
-    commands = [line for line in text.splitlines() if "fsdp_train.py" in line and path.name in line]
+    commands = re.findall(r"(?:fsdp_train.py|train.sbatch) ([^`|]+)", text)
+    commands = [command for command in commands if path.name in command]
     assert commands
     for command in commands:
-        words = shlex.split(re.search(r"fsdp_train.py ([^`|']+)", command)[1].replace("$RESUME", "--resume"))
+        words = shlex.split(command)
         assert parse(TrainingSettings, words).config == f"recipes/{path.name}"
 
 
