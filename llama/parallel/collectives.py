@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from llama.boundary.errors import UserError, one_line, reason
 
+# Of tensors of equal size, one on each rank. PyTorch 2.13 has renamed both, and warns of their old names.
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 PATIENCE = 60.0  # seconds until a file that another machine wrote must be visible on a shared disk
 
 

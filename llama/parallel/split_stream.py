@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama.parallel.collectives import all_gather_tensor, reduce_scatter_tensor
+
 
 @torch.compiler.disable
 def gather_rows(own: Tensor, group: dist.ProcessGroup, count: int | None = None) -> Tensor:
@@ -59,7 +61,7 @@ class _SumRows(torch.autograd.Function):
 def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The same number of rows of each rank, below each other."""
     whole = own.new_empty(group.size() * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(whole, own.contiguous(), group)
+    all_gather_tensor(whole, own.contiguous(), group)
     return whole
 
 
@@ -69,5 +71,5 @@ def reduce_scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
     missing = -len(partial) % ranks
     filled = F.pad(partial, (0, 0, 0, missing)).contiguous()
     own = partial.new_empty(len(filled) // ranks, *partial.shape[1:])
-    dist.reduce_scatter_tensor(own, filled, group=group)
+    reduce_scatter_tensor(own, filled, group=group)
     return own

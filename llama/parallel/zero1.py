@@ -11,11 +11,11 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from llama.model import Llama
+from llama.parallel.collectives import all_gather_tensor
 from llama.parallel.processes import Process
 from llama.parallel.shards import cut_as, local_slice
 
@@ -92,7 +92,7 @@ class ZeRO1:
             rows = self.rows[parameter].to_local()
             place[: rows.numel()] = rows.flatten()
         of_all = own.new_empty(ranks * len(own))
-        dist.all_gather_into_tensor(of_all, own, group=self.mesh.get_group())
+        all_gather_tensor(of_all, own, group=self.mesh.get_group())
         for whole, of_parameter in zip(wholes, of_all.view(ranks, -1).split(sizes, dim=1), strict=True):
             received = of_parameter.reshape(-1)[: whole.numel()]
             whole.copy_(received.view_as(whole))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sharded import build_shared, tensor_process
 from test_parallel import slow
 
 from llama.boundary.errors import UserError
+from llama.boundary.untrusted import read_json
 from llama.generation.decode import generate
 from llama.generation.request import Request
 from llama.generation.settings import GenerationSettings
@@ -18,7 +20,8 @@ from llama.parallel.collectives import any_rank, gather
 from llama.parallel.distribute import on_meta
 from llama.parallel.shards import Part, cut_as, local_slice, region, whole_shape
 from llama.parallel.tensor import cut, mark, sum_shared_gradients
-from llama.storage.pretrained import initialize_weights
+from llama.storage.config_json import config_from_json
+from llama.storage.pretrained import initialize_weights, load_weights
 from lora import Changes
 
 # Neither 2 nor 4 ranks divide 97 ids, 42 features or 23 tokens; 5 groups of heads are shared 2 + 3 and 1 + 1 + 1 + 2.
@@ -128,6 +131,26 @@ def test_a_tensor_group_writes_what_one_process_writes(ranks, world, tensor_rank
     initialize_weights(model, seed=0)
     expected = answers(model, num_beams)
     assert ranks(world, answers_of, tensor_ranks, num_beams) == [expected] * world
+
+
+def smollm2_loss(folder: Path, dtype: torch.dtype) -> tuple[float, tuple[int, ...]]:
+    model = build_shared(config_from_json(read_json(folder, "config.json"), folder), 2, dtype)
+    load_weights(model, folder)
+    shape = tuple(model.layers[0].self_attn.q_proj.weight.shape)
+    return float(loss_of(model).detach()), shape
+
+
+@pytest.mark.slow
+def test_smollm2_is_shared_by_2_ranks_with_3_and_6_of_its_9_heads(ranks, smollm2):
+    """C42: its 3 key/value heads are not cut in the middle."""
+    model = Llama(config_from_json(read_json(smollm2, "config.json"), smollm2))
+    load_weights(model, smollm2)
+    with torch.no_grad():
+        expected = float(loss_of(model))
+    results = ranks(2, smollm2_loss, smollm2, torch.float32)
+    assert [shape for _, shape in results] == [(3 * 64, 576), (6 * 64, 576)]
+    for loss, _ in results:
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def refused(config: ModelConfig, quantize: str) -> str:
