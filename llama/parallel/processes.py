@@ -1,6 +1,8 @@
 """This process among the others: joining them, its device, and the dtype that the device computes in best."""
 
 import ctypes
+import os
+import resource
 import sys
 import time
 import uuid
@@ -21,6 +23,8 @@ from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
+CONNECTED_AT_ONCE = 128  # more ranks than these are connected one by one
+GROUPS, OTHER_FILES = 8, 1024  # of a process: open files are its connections in each group, and others
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
                 "that fit",
                 file=sys.stderr,
             )
+    prepare_connections(world_size)
     own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -157,6 +162,23 @@ def name_of_attempt(store: dist.Store, rank: int, world_size: int) -> str:
             raise UserError(f"only {heard + 1} of {world_size} processes have joined after {TIMEOUT}")
         time.sleep(0.01)
     return name
+
+
+def prepare_connections(world_size: int) -> None:
+    """Make room for the connections of a large job.
+
+    When a group is made, gloo connects each rank with every other one: three groups of 512 ranks are 1,536 open files
+    of each process, and a process may often have 1,024. So the limit is raised as far as a user may raise it. Among
+    many ranks gloo connects two of them only when one has something to send to the other: a dozen instead of thousands.
+    """
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OTHER_FILES + GROUPS * world_size
+    if highest != resource.RLIM_INFINITY:
+        wanted = min(wanted, highest)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, highest))
+    if world_size > CONNECTED_AT_ONCE:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,7 @@
 """Joining the other processes, and leaving them: devices, names of attempts, and who says goodbye."""
 
+import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,3 +61,21 @@ def test_an_attempt_has_one_name_whatever_dead_ones_left_in_the_store():
         assert len(set(names)) == 1 and not store.check([f"{names[0]}/seen"])
         store.set(f"{names[0]}/seen", "")
     assert name_of_attempt(store, 0, 1) != names[0]
+
+
+@pytest.mark.parametrize(
+    "ranks, limit, highest, raised_to, one_by_one",
+    [(4, 1024, 4096, 1056, False), (4, 2000, 4096, None, False), (512, 1024, 2**20, 5120, True),
+     (4096, 1024, 8000, 8000, True), (4096, resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, True)],
+)  # fmt: skip
+def test_a_large_job_gets_room_for_its_connections(monkeypatch, ranks, limit, highest, raised_to, one_by_one):
+    """Three groups of 48 ranks took 171 connections of each process, and failed where 100 files may be open; connected
+    one by one they took 17."""
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")  # so that it is removed again after the test
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+    raised = []
+    monkeypatch.setattr(processes.resource, "getrlimit", lambda kind: (limit, highest))
+    monkeypatch.setattr(processes.resource, "setrlimit", lambda kind, limits: raised.append(limits))
+    processes.prepare_connections(ranks)
+    assert raised == ([(raised_to, highest)] if raised_to else [])
+    assert ("TORCH_GLOO_LAZY_INIT" in os.environ) == one_by_one
