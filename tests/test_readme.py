@@ -198,13 +198,23 @@ def test_the_alpaca_recipe_trains_an_adapter_and_the_next_command_merges_it(trai
 
 
 @pytest.mark.slow
-def test_the_command_for_two_nodes_joins_them(trained, clone):
+def test_the_commands_for_two_nodes_join_them(trained, clone):
     """Two launchers on this machine stand for two nodes: one process each instead of eight."""
-    [command] = [c for c in TRAINER if "--nnodes" in c]
-    command = command.replace("$HEAD_NODE", "127.0.0.1").replace("--nproc_per_node 8", "--nproc_per_node 1")
-    command = command.replace("meta-llama/Llama-2-7b-hf", str(trained / "model")) + " --data_dir assets/imdb_sample"
-    command = command.replace("torchrun", "torchrun --master_port 29871") + " --output runs/two-nodes"
-    nodes = [start(command.replace("$SLURM_NODEID", str(rank)), clone) for rank in range(2)]
+    commands = [c for c in TRAINER if "--nnodes" in c]
+    assert len(commands) == 2
+    nodes = []
+    for command in commands:
+        command = command.replace("$HEAD_NODE", "127.0.0.1").replace("--nproc_per_node 8", "--nproc_per_node 1")
+        command = command.replace("meta-llama/Llama-2-7b-hf", str(trained / "model")) + " --data_dir assets/imdb_sample"
+        command = command.replace("torchrun", "torchrun --master_port 29871") + " --output runs/two-nodes"
+        nodes.append(start(command, clone))
     told = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told[0][-2000:] + told[1][-2000:]
     assert json.loads((clone / "runs/two-nodes/summary.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_the_planner_names_flags_that_the_trainer_has(clone):
+    [command] = {c for c in COMMANDS if "planner.py" in c}
+    words = shlex.split(run(command, clone).splitlines()[-1])
+    parse(TrainingSettings, words[words.index("fsdp_train.py") + 1 :])
