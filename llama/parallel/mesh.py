@@ -42,12 +42,12 @@ def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, loca
     """
     asked = f"--tensor_parallel {tensor_parallel}"
     if world_size % tensor_parallel:
-        raise UserError(f"{asked}: there are {world_size} processes, expected a divisor of their number")
+        raise UserError(f"{asked}: the number of processes is {world_size}, expected a multiple of {tensor_parallel}")
     nodes = world_size // local_world_size
     if nodes > 1 and local_world_size % tensor_parallel:
         raise UserError(
-            f"{asked}: a node has {local_world_size} processes, expected a divisor of their number, so that the "
-            "processes that compute a layer together are on one node"
+            f"{asked}: the number of processes on a node is {local_world_size}, expected a multiple of "
+            f"{tensor_parallel}, so that those which compute a layer together are on one node"
         )
     data_ranks = world_size // tensor_parallel
     if sharding in ("zero1", "none"):
@@ -61,7 +61,7 @@ def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, loca
         )
     if nodes == 1:
         raise UserError(
-            f"--sharding hybrid: all {world_size} processes are on one node, expected several nodes; on one node "
-            "--sharding full does the same"
+            "--sharding hybrid: all processes are on one node, expected several nodes; on one node --sharding full does "
+            "the same"
         )
     return MeshShape(nodes, data_ranks // nodes, tensor_parallel)

@@ -61,6 +61,15 @@ class Process:
         """Which of these shares is this rank's."""
         return self.rank // self.tensor_ranks
 
+    @property
+    def described(self) -> str:
+        """For a line on the screen: how many ranks there are, on what, and how they are arranged."""
+        ranks = f"{self.world_size} ({self.device.type})"
+        if self.world_size == 1:
+            return ranks
+        arranged = [f"{count} {name}" for count, name in zip(self.mesh.shape, DIMENSIONS, strict=True)]
+        return f"{ranks} = {' x '.join(arranged)}"
+
     def sum_over_data_ranks(self, tensor: Tensor) -> None:
         """Replace what each rank has found on its share of the data by the sum of all shares. Collective."""
         if self.tensor_rank > 0:  # the first of its group has found the same on the same share

@@ -20,6 +20,7 @@ from llama.boundary.progress import Progress, say
 from llama.model import Llama
 from llama.model.quantize import bytes_per_weight
 from llama.parallel.collectives import fail_together, from_rank_zero
+from llama.parallel.mesh import DIMENSIONS
 from llama.parallel.processes import Process
 from llama.parallel.shards import whole_shape
 from llama.storage.base import Base
@@ -103,6 +104,7 @@ class Report:
                 "identity": self.plan.identity,
                 "changed": changes(self.plan),
                 "ranks": self.process.world_size,
+                "mesh": dict(zip(DIMENSIONS, self.process.mesh.shape, strict=True)),
                 "device": self.process.device.type,
                 "examples": data.counts() | {"answers": self.answers, "imbalance": round(imbalance, 5)},
                 "prompt": prompt_of(data.template, base.tokenizer),
@@ -141,11 +143,11 @@ class Report:
             if value != defaults[name]:
                 self.say(f"  {name:28} {value}")
         units = f"packs of --batch_tokens {self.settings.batch_tokens}" if self.settings.batch_tokens else "examples"
-        size, ranks = self.plan.identity["global_batch"], self.process.world_size
-        self.say(f"{self.plan.steps} steps of {size} {units}; ranks: {ranks} ({self.process.device.type})")
+        size = self.plan.identity["global_batch"]
+        self.say(f"{self.plan.steps} steps of {size} {units}; ranks: {self.process.described}")
         for note in notes:
             self.say(printable(note))
-        if ranks > 1:
+        if self.process.data_ranks > 1:
             self.say(f"in a step, the rank with the most tokens has {imbalance:.2%} more than the mean of all ranks")
         for line in said_of_replay(self.settings.config, self.plan):
             self.say(line)

@@ -32,7 +32,8 @@ def begun(folder: Path, steps: int = 4, rank: int = 0, **changes) -> Report:
     identity |= {"steps": steps, "global_batch": 4}
     plan = SimpleNamespace(output=folder, identity=identity, steps=steps, first_step=0, saved=None, manifest=None,
                            dtype=torch.float32, schedule=SimpleNamespace(imbalance=lambda ranks: 0.0))  # fmt: skip
-    process = SimpleNamespace(is_rank_zero=rank == 0, world_size=1, device=torch.device("cpu"), store=None)
+    process = SimpleNamespace(is_rank_zero=rank == 0, world_size=1, data_ranks=1, described="1 (cpu)", store=None,
+                              device=torch.device("cpu"), mesh=SimpleNamespace(shape=(1, 1, 1)))  # fmt: skip
     report = Report(settings, plan, process)
     folder.mkdir(exist_ok=True)
     report.begin(nn.Linear(3, 5), Base.tiny(), DATA)
