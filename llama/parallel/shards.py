@@ -122,19 +122,23 @@ class Part:
 
 
 def _among_holders(tensor: Tensor) -> tuple[int, int]:
-    """This rank's number among the ranks that hold the same slice, and how many these are."""
+    """This rank's number among the ranks that hold the same slice, in the order of their ranks, and how many these are.
+    """
     cut = tensor_cut(tensor)
-    rank, ranks = (cut.rank, cut.ranks) if cut and cut.dim is None else (0, 1)
+    number, holders = 0, 1
     if isinstance(tensor, DTensor):
         for i, placement in enumerate(tensor.placements):
             if placement.is_replicate():
-                rank = rank * tensor.device_mesh.size(i) + tensor.device_mesh.get_local_rank(i)
-                ranks *= tensor.device_mesh.size(i)
+                number = number * tensor.device_mesh.size(i) + tensor.device_mesh.get_local_rank(i)
+                holders *= tensor.device_mesh.size(i)
     elif dist.is_initialized():  # ranks of a tensor group are neighbours; all groups hold the same
-        groups = dist.get_world_size() // (cut.ranks if cut else 1)
-        rank = rank * groups + dist.get_rank() // (cut.ranks if cut else 1)
-        ranks *= groups
-    return rank, ranks
+        tensor_ranks = cut.ranks if cut else 1
+        number = dist.get_rank() // tensor_ranks
+        holders = dist.get_world_size() // tensor_ranks
+    if cut and cut.dim is None:
+        number = number * cut.ranks + cut.rank
+        holders *= cut.ranks
+    return number, holders
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -27,6 +27,7 @@ from llama.model import Llama
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process
 from llama.parallel.shards import Part, local_slice
+from llama.parallel.zero1 import ZeRO1
 from llama.storage import slices
 from llama.storage.layout import Layout, blocks_of, lay_out_parts
 from llama.storage.pretrained import hugging_face_parameters, superfluous_names
@@ -136,9 +137,12 @@ def build(process: Process, setting: str, layers: int) -> Llama:
     return model
 
 
-def files_of(model: Llama) -> list[tuple[str, torch.dtype | None, dict[str, torch.Tensor]]]:
+def files_of(model: Llama, process: Process, setting: str) -> list[tuple[str, torch.dtype | None, dict[str, torch.Tensor]]]:
     """What an export and a checkpoint write: (stem, dtype, tensors)."""
-    state = training_state(model, torch.optim.AdamW(model.parameters()))
+    optimizer: torch.optim.Optimizer | ZeRO1 = torch.optim.AdamW(model.parameters())
+    if setting.startswith("zero1"):
+        optimizer = ZeRO1(optimizer, model, process)
+    state = training_state(model, optimizer)
     return [("model", torch.bfloat16, hugging_face_parameters(model)), *((stem, None, t) for stem, t in state.items())]
 
 
@@ -200,7 +204,7 @@ def answered_for(kind: str, mesh: tuple[int, int, int]) -> np.ndarray:
     rank = np.arange(math.prod(mesh))
     number, holders = rank // tensor_ranks // shard_ranks, replicas
     if kind not in CUT_BY_ROWS + CUT_BY_COLUMNS:
-        number, holders = rank % tensor_ranks * replicas + number, replicas * tensor_ranks
+        number, holders = number * tensor_ranks + rank % tensor_ranks, replicas * tensor_ranks
     parts = held(kind, mesh)
     chunk = -(-(parts[:, 1] - parts[:, 0]) // holders)
     first = np.minimum(parts[:, 0] + number * chunk, parts[:, 1])
@@ -238,7 +242,7 @@ def test_each_rank_reads_what_it_holds_and_writes_its_share(setting, mesh, holes
                 rectangle = (first, end, left, right)
                 assert read.get(name, rectangle) == rectangle and (name in read) == (end > first)
                 assert ((*local.shape, 1)[:2], (*start, 0)[:2]) == ((end - first, right - left), (first, left)), name
-            for stem, dtype, tensors in files_of(model):
+            for stem, dtype, tensors in files_of(model, process, setting):
                 layout = lay_out_parts({name: Part.of(tensor) for name, tensor in tensors.items()}, stem, dtype, LIMIT)
                 for name, runs in what_is_written(tensors, layout).items():
                     kind = kind_of(name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq"))
@@ -297,7 +301,7 @@ def test_files_of_70b_get_their_size_before_anything_is_written(tmp_path):
     """R24: an export of 138 GB, and a checkpoint of 828 GB, in files of at most 5 GB of tensors; the library opens
     each, which it does only if sizes and offsets fit, and finds every name and shape."""
     with as_rank(15, (2, 8, 1)) as process:
-        for number, (stem, dtype, tensors) in enumerate(files_of(build(process, "hybrid", layers=80))):
+        for number, (stem, dtype, tensors) in enumerate(files_of(build(process, "hybrid", layers=80), process, "hybrid")):
             folder = tmp_path / f"{number}"
             folder.mkdir()
             layout = lay_out_parts({name: Part.of(tensor) for name, tensor in tensors.items()}, stem, dtype, LIMIT)
