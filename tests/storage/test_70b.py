@@ -22,17 +22,26 @@ from large_llama import (
     write_folder_of_holes,
 )
 from safetensors import safe_open
+from sharded import this_process
 
 from llama.model import Llama
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.processes import Process
 from llama.parallel.shards import Part, local_slice
 from llama.parallel.zero1 import ZeRO1
-from llama.storage import slices
+from llama.storage import pretrained, slices
+from llama.storage.config_json import config_to_json
 from llama.storage.layout import Layout, blocks_of, lay_out_parts
-from llama.storage.pretrained import hugging_face_parameters, superfluous_names
+from llama.storage.pretrained import (
+    export_model,
+    hugging_face_parameters,
+    initialize_weights,
+    load_weights,
+    superfluous_names,
+)
 from llama.storage.slices import Sink, check_tensors, read_tensors
 from llama.training.state import training_state
+from lora import Changes
 
 # (replicate, shard, tensor) of each setting on 16, 512 and 4,096 ranks, 8 on a node.
 MESHES = {
@@ -101,9 +110,10 @@ def holes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watched:
-    """A file whose tensors note what is read of them, and hand out shapes without values."""
+    """A file whose tensors note what is read of them, and hand out shapes without values, or the values, too."""
 
     read: dict[str, list[tuple[slice, ...]]] = {}
+    with_values = False
 
     def __init__(self, path: Path, framework: str):
         self.file = safe_open(path, framework)
@@ -123,21 +133,23 @@ class Watched:
 
 class WatchedSlice:
     def __init__(self, name: str, view):
-        self.name, self.get_shape, self.get_dtype = name, view.get_shape, view.get_dtype
+        self.name, self.view = name, view
+        self.get_shape, self.get_dtype = view.get_shape, view.get_dtype
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
         Watched.read.setdefault(self.name, []).append(index)
-        return torch.empty(self.get_shape(), dtype=torch.float16, device="meta")[index]
+        return self.view[index] if Watched.with_values else torch.empty(self.get_shape(), device="meta")[index]
 
 
-def build(process: Process, setting: str, layers: int) -> Llama:
+def build(process: Process, setting: str, layers: int, quantized: str = "none") -> Llama:
     """What training builds on this rank; its memory is on the meta device."""
     model = on_meta(replace(LLAMA_2_70B, num_hidden_layers=layers))
+    Changes(quantized).apply(model)
     distribute(model, process, torch.bfloat16, setting.split(",")[0])
     return model
 
 
-def files_of(model: Llama, process: Process, setting: str) -> list[tuple[str, torch.dtype | None, dict[str, torch.Tensor]]]:
+def files_of(model: Llama, process: Process, setting: str) -> list[tuple]:
     """What an export and a checkpoint write: (stem, dtype, tensors)."""
     optimizer: torch.optim.Optimizer | ZeRO1 = torch.optim.AdamW(model.parameters())
     if setting.startswith("zero1"):
@@ -149,7 +161,10 @@ def files_of(model: Llama, process: Process, setting: str) -> list[tuple[str, to
 def what_is_read(model: Llama, folder: Path) -> dict[str, tuple[int, ...]]:
     """Of each tensor, the rectangle that loading reads: first row, end of rows, first column, end of columns."""
     Watched.read = {}
-    sinks = {name: Sink.of(tensor) for name, tensor in hugging_face_parameters(model).items()}
+    sinks = {}
+    for name, target in pretrained._targets(model).items():
+        sink = target if isinstance(target, Sink) else Sink.of(target)
+        sinks[name] = replace(sink, put=lambda first, values: None)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(slices, "safe_open", Watched)
         patched.setattr(slices, "COPIED_AT_ONCE", 2**32)  # no values are copied here, so large pieces need no memory
@@ -284,6 +299,23 @@ def test_all_ranks_together_write_each_byte_once_and_nearly_the_same_amount(mesh
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_what_is_quantised_and_cut_by_columns_is_read_in_whole_rows(kind, holes):
+    """The scale of a row is that of the whole row: 8 ranks read o_proj and down_proj 8 times, all else as often as
+    without."""
+    mesh = (1, 2, 8)
+    for rank in (0, 7, 13):
+        with as_rank(rank, mesh) as process, Collectives() as collectives:
+            read = what_is_read(build(process, "full", 1, kind), holes)
+        assert not collectives.called and len(read) == len(SHAPES)
+        for name, rectangle in read.items():
+            first, end, left, right = held(kind_of(name), mesh)[rank]
+            if kind_of(name) in CUT_BY_COLUMNS:
+                left, right = 0, SHAPES[kind_of(name)][1]
+            assert rectangle == (first, end, left, right), name
+
+
+@pytest.mark.slow
 def test_a_rank_of_16_reads_its_16th_of_all_80_layers(holes):
     """Each layer as the first one; and the bytes are exactly a 16th, because every shape can be divided by 16."""
     with as_rank(3, (1, 16, 1)) as process, Collectives() as collectives:
@@ -301,7 +333,8 @@ def test_files_of_70b_get_their_size_before_anything_is_written(tmp_path):
     """R24: an export of 138 GB, and a checkpoint of 828 GB, in files of at most 5 GB of tensors; the library opens
     each, which it does only if sizes and offsets fit, and finds every name and shape."""
     with as_rank(15, (2, 8, 1)) as process:
-        for number, (stem, dtype, tensors) in enumerate(files_of(build(process, "hybrid", layers=80), process, "hybrid")):
+        files = files_of(build(process, "hybrid", layers=80), process, "hybrid")
+        for number, (stem, dtype, tensors) in enumerate(files):
             folder = tmp_path / f"{number}"
             folder.mkdir()
             layout = lay_out_parts({name: Part.of(tensor) for name, tensor in tensors.items()}, stem, dtype, LIMIT)
@@ -313,3 +346,56 @@ def test_files_of_70b_get_their_size_before_anything_is_written(tmp_path):
             assert set(dtypes.values()) == {dtype or torch.float32}
             assert size == numbers * (2 if dtype else 4) + sum(map(len, layout.headers.values()))
             assert all(layout.sizes[file] <= LIMIT + len(header) for file, header in layout.headers.items())
+
+
+# 70B's shape with a 16th of its width: 8 groups of 8 heads, and the same names.
+SMALL = replace(
+    LLAMA_2_70B, vocab_size=2000, hidden_size=512, intermediate_size=1792, num_hidden_layers=2, head_dim=8
+)
+
+
+def load_and_export(folder: Path, target: Path, sharding: str, tensor_parallel: int) -> tuple[int, int, int]:
+    """With memory and values on this rank: how many numbers it read and holds, and how many bytes it wrote."""
+    process = this_process(sharding, tensor_parallel)
+    model = on_meta(SMALL)
+    distribute(model, process, torch.float32, sharding)
+    written = []
+    Watched.read = {}
+    with pytest.MonkeyPatch.context() as patched, Collectives() as collectives:
+        patched.setattr(Watched, "with_values", True)
+        patched.setattr(slices, "safe_open", Watched)
+        load_weights(model, folder)
+        assert not collectives.called
+    write_at = slices._write_at
+
+    def watched_write_at(file, data, position: int) -> None:
+        written.append(len(data))
+        write_at(file, data, position)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(slices, "_write_at", watched_write_at)
+        export_model(model, target, config_to_json(SMALL))
+    read = 0
+    for pieces in Watched.read.values():
+        for index in pieces:
+            read += math.prod(part.stop - part.start for part in index)
+    return read, sum(local_slice(parameter)[0].numel() for parameter in model.parameters()), sum(written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sharding, tensor_parallel", [("full", 1), ("hybrid", 1), ("zero1", 1), ("full", 2), ("zero1", 2), ("zero1", 4)]
+)
+def test_four_real_ranks_read_what_they_hold_and_write_a_quarter_each(sharding, tensor_parallel, ranks, tmp_path):
+    """R24: 70B's shape, a 16th as wide: what comes back is the folder that was read, byte for byte."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = Llama(SMALL)
+    initialize_weights(model, seed=0)
+    export_model(model, source, config_to_json(SMALL))
+    results = ranks(4, load_and_export, source, target, sharding, tensor_parallel)
+    assert (target / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(written for _, _, written in results) == 2 * numbers
+    for read, held_here, written in results:
+        assert read == held_here
+        assert written == pytest.approx(2 * numbers / 4, rel=0.01)
