@@ -61,7 +61,7 @@ def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, loca
         )
     if nodes == 1:
         raise UserError(
-            "--sharding hybrid: all processes are on one node, expected several nodes; on one node --sharding full does "
-            "the same"
+            "--sharding hybrid: all processes are on one node, expected several nodes; on one node --sharding full "
+            "does the same"
         )
     return MeshShape(nodes, data_ranks // nodes, tensor_parallel)
