@@ -42,7 +42,8 @@ def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, loca
     """
     asked = f"--tensor_parallel {tensor_parallel}"
     if world_size % tensor_parallel:
-        raise UserError(f"{asked}: the number of processes is {world_size}, expected a multiple of {tensor_parallel}")
+        expected = f"a multiple of {tensor_parallel}"
+        raise UserError(f"{asked}: the number of processes is {world_size}, expected {expected}")
     nodes = world_size // local_world_size
     if nodes > 1 and local_world_size % tensor_parallel:
         raise UserError(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from llama.boundary.choices import SHARDINGS
 from llama.boundary.records import Settings, setting
 from llama.training.settings import TrainingSettings
 
-SHARDINGS = ("full", "grad", "hybrid", "zero1", "none")
 CHECKPOINTINGS = ("none", "selective", "full")
 
 

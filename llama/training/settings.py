@@ -4,7 +4,15 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llama.boundary.choices import ADAPTER_VARIANTS, ALL_LINEAR, LARGEST_RANK, OPTIMIZERS, QUANTIZED, SCHEDULES
+from llama.boundary.choices import (
+    ADAPTER_VARIANTS,
+    ALL_LINEAR,
+    LARGEST_RANK,
+    OPTIMIZERS,
+    QUANTIZED,
+    SCHEDULES,
+    SHARDINGS,
+)
 from llama.boundary.records import Settings, setting
 from llama.data.sources import DataSettings
 from llama.training.tracking import TRACKERS, is_installed
@@ -126,7 +134,7 @@ class WhereToTrain(Settings):
         "what each rank keeps only a slice of. full: weights, which are gathered twice a step, gradients and optimizer "
         "state; grad: the same, gathered once; zero1: optimizer state; none: nothing; hybrid: as full inside a node, "
         f"each node has a copy; full, for tiny {TINY_RECIPE['sharding']}",
-        choices=("full", "grad", "zero1", "hybrid", "none"),
+        choices=SHARDINGS,
     )
     tensor_parallel: int = setting(
         1, "so many neighbouring ranks compute each layer together, on the same examples", at_least=1
