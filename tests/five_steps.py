@@ -5,7 +5,6 @@ the examples are made here. Weights and moments are read back from the last chec
 """
 
 import math
-import shutil
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from lora import Changes, apply_adapter, initialize_adapter
 
 STEPS = 5
 BATCH = 8  # examples of a step
-RATE = 2e-4  # AdamW divides by the gradient: the rate says how much of its rounding shows
+RATE = 1e-4  # AdamW divides by the gradient: the rate says how much of its rounding shows
 DECAY = 0.1
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 LIMIT = 0.5  # of the gradient's norm: every step is clipped
@@ -76,35 +75,50 @@ for ends in ("untied", "tied"):
     TRAINED[f"dora-nf4-{ends}"] = Trained(f"blocks-{ends}", "dora", "nf4")
 
 
+SOME = ("all-tied", "some-untied", "lora-untied", "lora-int8-tied", "dora-nf4-untied")
+COMPILED = ("all-untied", "dora-nf4-tied")  # a compilation takes long
+BLOCKED = ("all-blocks-untied", "all-blocks-tied", "lora-int8-tied")  # has moments that take 8 bits
+ACCUMULATE = {"gradient_accumulation_steps": 2}
+DEFER = ACCUMULATE | {"defer_gradient_sync": True}
+EIGHT_BIT = {"optimizer": "adamw8bit"}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """How many ranks (hybrid: on two nodes), and the flags of fsdp_train.py. `reference`: the one process that it must
-    equal. `trained`: what of TRAINED it is tried with."""
+    """How many ranks (hybrid: on two nodes), the flags of fsdp_train.py, and with what of TRAINED they are tried."""
 
     ranks: int
     flags: dict
-    reference: str = "alone"
     trained: tuple[str, ...] = tuple(TRAINED)
 
+    def with_some(self, trained: tuple[str, ...] = SOME, **flags) -> "Setting":
+        """The same with further flags, tried with less."""
+        return replace(self, flags=self.flags | flags, trained=trained)
 
-def _ranks(ranks: int, sharding: str = "full", tensor_parallel: int = 1, **flags) -> Setting:
-    return Setting(ranks, {"sharding": sharding, "tensor_parallel": tensor_parallel} | flags)
+    @property
+    def has_8_bit_moments(self) -> bool:
+        """A moment that lies between two codes may be rounded to the other one, and its weight moves by another part of
+        the learning rate: such weights agree to RATE only."""
+        return self.flags.get("optimizer") == "adamw8bit"
+
+    @property
+    def reference(self) -> str:
+        """The one process that it must equal."""
+        return "alone-adamw8bit" if self.has_8_bit_moments else "alone"
+
+    def has_float64(self, trained: str) -> bool:
+        """8-bit AdamW updates in fp32, and NF4's table of values is made for 16 and 32 bits."""
+        return not self.has_8_bit_moments and TRAINED[trained].quantize != "nf4"
 
 
-def _some(setting: Setting, *trained: str, reference: str = "alone") -> Setting:
-    return replace(setting, trained=trained, reference=reference)
+def _ranks(ranks: int, sharding: str = "full", tensor_parallel: int = 1) -> Setting:
+    return Setting(ranks, {"sharding": sharding, "tensor_parallel": tensor_parallel})
 
 
-ACCUMULATE = {"gradient_accumulation_steps": 2}
-DEFER = ACCUMULATE | {"defer_gradient_sync": True}
-EIGHT_BIT = {"reference": "alone-adamw8bit"}
-COMPILED = ("all-untied", "dora-nf4-tied")  # a compilation takes long
-BLOCKED = ("all-blocks-untied", "all-blocks-tied", "lora-int8-tied")  # has moments that take 8 bits
+FULL_2, FULL_2_TENSOR_2, ZERO1_2_TENSOR_2 = _ranks(2), _ranks(4, "full", 2), _ranks(4, "zero1", 2)
 SETTINGS = {
     "alone": _ranks(1),
-    "alone-accumulate": _ranks(1, **ACCUMULATE),
-    "alone-adamw8bit": _some(_ranks(1, optimizer="adamw8bit"), *BLOCKED, **EIGHT_BIT),
-    "full-2": _ranks(2),
+    "full-2": FULL_2,
     "full-4": _ranks(4),
     "grad-2": _ranks(2, "grad"),
     "grad-4": _ranks(4, "grad"),
@@ -115,43 +129,35 @@ SETTINGS = {
     "none-4": _ranks(4, "none"),
     "tensor-2": _ranks(2, "full", 2),
     "tensor-4": _ranks(4, "full", 4),
-    "full-2-tensor-2": _ranks(4, "full", 2),
+    "full-2-tensor-2": FULL_2_TENSOR_2,
     "grad-2-tensor-2": _ranks(4, "grad", 2),
-    "zero1-2-tensor-2": _ranks(4, "zero1", 2),
+    "zero1-2-tensor-2": ZERO1_2_TENSOR_2,
     "none-2-tensor-2": _ranks(4, "none", 2),
     "hybrid-2x1-tensor-2": _ranks(4, "hybrid", 2),
-    "full-2-cpu_offload": _ranks(2, cpu_offload=True),
-    "full-2-recompute-full": _ranks(2, activation_checkpointing="full"),
-    "full-2-recompute-selective": _ranks(2, activation_checkpointing="selective"),
-    "full-2-tensor-2-recompute-full": _ranks(4, "full", 2, activation_checkpointing="full"),
-    "zero1-2-tensor-2-recompute-selective": _ranks(4, "zero1", 2, activation_checkpointing="selective"),
-    "full-2-compile": _some(_ranks(2, compile=True), *COMPILED),
-    "zero1-2-tensor-2-compile": _some(_ranks(4, "zero1", 2, compile=True), *COMPILED),
-    "full-2-accumulate": _ranks(2, **ACCUMULATE),
-    "full-2-accumulate-defer": _ranks(2, **DEFER),
-    "hybrid-2x2-accumulate": _ranks(4, "hybrid", **ACCUMULATE),
-    "hybrid-2x2-accumulate-defer": _ranks(4, "hybrid", **DEFER),
-    "zero1-2-tensor-2-accumulate": _ranks(4, "zero1", 2, **ACCUMULATE),
-    "zero1-2-tensor-2-accumulate-defer": _ranks(4, "zero1", 2, **DEFER),
-    "full-2-adamw8bit": _some(_ranks(2, optimizer="adamw8bit"), *BLOCKED, **EIGHT_BIT),
-    "full-4-adamw8bit": _some(_ranks(4, optimizer="adamw8bit"), *BLOCKED, **EIGHT_BIT),
-    "zero1-2-adamw8bit": _some(_ranks(2, "zero1", optimizer="adamw8bit"), *BLOCKED, **EIGHT_BIT),
-    "zero1-2-tensor-2-adamw8bit": _some(_ranks(4, "zero1", 2, optimizer="adamw8bit"), *BLOCKED, **EIGHT_BIT),
+    "full-2-cpu_offload": FULL_2.with_some(cpu_offload=True),
+    "full-2-recompute-full": FULL_2.with_some(activation_checkpointing="full"),
+    "full-2-recompute-selective": FULL_2.with_some(activation_checkpointing="selective"),
+    "full-2-tensor-2-cpu_offload": FULL_2_TENSOR_2.with_some(cpu_offload=True),
+    "full-2-tensor-2-recompute-full": FULL_2_TENSOR_2.with_some(activation_checkpointing="full"),
+    "zero1-2-tensor-2-recompute-selective": ZERO1_2_TENSOR_2.with_some(activation_checkpointing="selective"),
+    "full-2-compile": FULL_2.with_some(COMPILED, compile=True),
+    "zero1-2-tensor-2-compile": ZERO1_2_TENSOR_2.with_some(COMPILED, compile=True),
+    "alone-accumulate": _ranks(1).with_some(**ACCUMULATE),
+    "full-2-accumulate": FULL_2.with_some(**ACCUMULATE),
+    "full-2-accumulate-defer": FULL_2.with_some(**DEFER),
+    "hybrid-2x2-accumulate": _ranks(4, "hybrid").with_some(**ACCUMULATE),
+    "hybrid-2x2-accumulate-defer": _ranks(4, "hybrid").with_some(**DEFER),
+    "zero1-2-tensor-2-accumulate": ZERO1_2_TENSOR_2.with_some(**ACCUMULATE),
+    "zero1-2-tensor-2-accumulate-defer": ZERO1_2_TENSOR_2.with_some(**DEFER),
+    "alone-adamw8bit": _ranks(1).with_some(BLOCKED, **EIGHT_BIT),
+    "full-2-adamw8bit": FULL_2.with_some(BLOCKED, **EIGHT_BIT),
+    "full-4-adamw8bit": _ranks(4).with_some(BLOCKED, **EIGHT_BIT),
+    "zero1-2-adamw8bit": _ranks(2, "zero1").with_some(BLOCKED, **EIGHT_BIT),
+    "zero1-2-tensor-2-adamw8bit": ZERO1_2_TENSOR_2.with_some(BLOCKED, **EIGHT_BIT),
 }
 # A checkpoint of each of these must continue under each of them.
 MOVED = ("alone", "full-2", "full-4", "none-2", "hybrid-2x2", "tensor-2", "full-2-tensor-2", "zero1-2-tensor-2")
-MOVED_TRAINED = ("all-tied", "all-blocks-untied", "lora-untied", "dora-nf4-tied")
-
-
-def has_8_bit_moments(setting: Setting) -> bool:
-    """A moment that lies between two codes may be rounded to the other one, and its weight moves by another part of the
-    learning rate: such weights agree to RATE only."""
-    return setting.flags.get("optimizer") == "adamw8bit"
-
-
-def has_float64(setting: Setting, trained: str) -> bool:
-    """8-bit AdamW updates in fp32, and NF4's table of values is made for 16 and 32 bits."""
-    return not has_8_bit_moments(setting) and TRAINED[trained].quantize != "nf4"
+MOVED_TRAINED = ("all-tied", "dora-nf4-untied")
 
 
 class Data:
@@ -244,10 +250,9 @@ class Work:
     files: Path  # of `write_files`
     output: Path
     trained: str
-    setting: Setting
+    setting: str
     dtype: torch.dtype = torch.float32
     saved: Path | None = None  # a checkpoint to continue from
-    save_every: int = 0  # after the last step one is saved in any case
 
     @property
     def adapter(self) -> Adapter | None:
@@ -268,10 +273,13 @@ class Work:
 
 
 def train(work: Work) -> list[tuple[float, float]]:
-    """On each rank: (loss, gradient norm) of each step that is left. Leaves checkpoints in `work.output`, and what a run
-    exports: a model or an adapter."""
-    alike: dict = {"max_grad_norm": LIMIT, "learning_rate": RATE, "weight_decay": DECAY}
-    settings = TrainingSettings(save_every=work.save_every, **alike, **work.setting.flags).with_recipe(1)
+    """On each rank: (loss, gradient norm) of each step that is left. Leaves checkpoints of steps 2, 4 and 5 in
+    `work.output`, and what a run exports: a model or an adapter."""
+    alike: dict = {"max_grad_norm": LIMIT, "learning_rate": RATE, "weight_decay": DECAY, "save_every": 2}
+    settings = TrainingSettings(**alike, **SETTINGS[work.setting].flags).with_recipe(1)
+    if settings.compile:
+        torch._dynamo.reset()  # the compilations of earlier runs would count towards its limit
+        torch._inductor.config.compile_threads = 1  # no pool of compilers that would outlive the ranks
     process, data = this_process(settings.sharding, settings.tensor_parallel), Data()
     parts = settings.gradient_accumulation_steps * process.data_ranks
     manifest = read_manifest(work.saved) if work.saved else None
@@ -305,7 +313,8 @@ class Result:
     def of(cls, by_rank: list, output: Path) -> "Result":
         assert all(steps == by_rank[0] for steps in by_rank), "ranks report different losses or norms"
         files = [*(output / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"), *output.glob("*/*.safetensors")]
-        tensors = {f"{path.stem}: {name}": tensor for path in files for name, tensor in load_file(path).items()}
+        tensors = {f"{path.parent.name}/{path.stem} {name}": tensor
+                   for path in files for name, tensor in load_file(path).items()}
         return cls(by_rank[0], tensors)
 
 
@@ -316,7 +325,7 @@ def differences(found: Result, expected: Result) -> dict[str, float]:
     steps = np.abs(np.array(found.steps) - np.array(expected.steps)[-left:])
     found_by_kind = {"loss": [steps[:, 0].max()], "norm": [steps[:, 1].max()], "weights": [0.0], "moments": [0.0]}
     for name, tensor in found.tensors.items():
-        kind = "moments" if name.startswith("optimizer") else "weights"
+        kind = "moments" if "/optimizer " in name else "weights"
         if tensor.is_floating_point():  # not the codes of 8-bit moments
             found_by_kind[kind].append(float((tensor - expected.tensors[name]).abs().max()))
     return {kind: float(np.max(values)) for kind, values in found_by_kind.items()}  # NaN, if there is one
@@ -332,46 +341,41 @@ def are_equal(found: Result, expected: Result) -> bool:
 def is_near(found: dict[str, float], setting: str, dtype: torch.dtype) -> bool:
     """Whether differences are within the tolerance of the dtype."""
     limits = dict.fromkeys(("loss", "norm", "weights", "moments"), TOLERANCES[dtype])
-    if has_8_bit_moments(SETTINGS[setting]):
+    if SETTINGS[setting].has_8_bit_moments:
         limits["weights"] = RATE
     return all(found.get(kind, math.inf) <= limit for kind, limit in limits.items())
 
 
 class Runs:
-    """Runs under settings, on pools of ranks; each is done once, and its folder stays."""
+    """Runs under settings, on pools of ranks. Those that others are compared with are done once, and stay."""
 
     def __init__(self, folder: Path, ranks: RankPools):
         self.folder, self.ranks = folder, ranks
-        self.results: dict[tuple, Result] = {}
+        self.kept: dict[Path, Result] = {}
         write_files(folder / "files")
 
     def output(self, setting: str, trained: str, dtype: torch.dtype = torch.float32) -> Path:
-        return self.folder / f"{setting} {trained} {dtype}"
-
-    def result(self, setting: str, trained: str, dtype: torch.dtype = torch.float32) -> Result:
-        """Of five steps."""
-        key = (setting, trained, dtype)
-        if key not in self.results:
-            is_moved = setting in MOVED and dtype == torch.float32
-            work = Work(self.folder / "files", self.output(*key), trained, SETTINGS[setting], dtype)
-            self.results[key] = self._run(replace(work, save_every=2 if is_moved else 0))
-        return self.results[key]
+        """The folder of a run that stays."""
+        output = self.folder / f"{setting} {trained} {dtype}"
+        if output not in self.kept:
+            self.kept[output] = self._run(Work(self.folder / "files", output, trained, setting, dtype))
+        return output
 
     def parity(self, setting: str, trained: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
         """How far a setting is from one process."""
-        reference = self.result(SETTINGS[setting].reference, trained, dtype)
-        return differences(self.result(setting, trained, dtype), reference)
+        expected = self.kept[self.output(SETTINGS[setting].reference, trained, dtype)]
+        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+            found = self._run(Work(self.folder / "files", Path(output), trained, setting, dtype))
+        return differences(found, expected)
 
     def moved(self, saver: str, reader: str, trained: str) -> dict[str, float]:
         """How far the run under `saver` is from one that continues its checkpoint of step 2 under `reader`. `bitwise`:
         whether they are equal."""
-        whole = self.result(saver, trained)
-        saved = self.output(saver, trained) / "checkpoints" / "step-000002"
-        output = Path(tempfile.mkdtemp(dir=self.folder))
-        work = Work(self.folder / "files", output, trained, SETTINGS[reader], saved=saved)
-        found = self._run(work)
-        shutil.rmtree(output)
-        return differences(found, whole) | {"bitwise": are_equal(found, whole)}
+        whole = self.output(saver, trained)
+        saved = whole / "checkpoints" / "step-000002"
+        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+            found = self._run(Work(self.folder / "files", Path(output), trained, reader, saved=saved))
+        return differences(found, self.kept[whole]) | {"bitwise": are_equal(found, self.kept[whole])}
 
     def _run(self, work: Work) -> Result:
-        return Result.of(self.ranks(work.setting.ranks, train, work, timeout=600), work.output)
+        return Result.of(self.ranks(SETTINGS[work.setting].ranks, train, work, timeout=600), work.output)
