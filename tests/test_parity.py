@@ -34,7 +34,7 @@ def runs(ranks, tmp_path_factory) -> Runs:
 
 @pytest.mark.parametrize("setting, trained", CASES)
 def test_a_setting_does_what_one_process_does(runs, setting, trained):
-    """C1, C2, C5, C11, C31: losses, gradient norms, updated weights and moments of five clipped steps on examples of
+    """C1, C2, C3, C5, C11, C31: losses, gradient norms, updated weights and moments of five clipped steps on examples of
     very unequal length, with ranks that get no label and no example."""
     dtype = torch.float64 if SETTINGS[setting].has_float64(trained) else torch.float32
     found = runs.parity(setting, trained, dtype)
@@ -43,7 +43,7 @@ def test_a_setting_does_what_one_process_does(runs, setting, trained):
 
 @pytest.mark.parametrize("saver", AFTER)
 def test_a_checkpoint_of_one_setting_continues_under_another(runs, saver):
-    """C11, R7: the steps that are left, the weights, the moments and the export are those of the run that went on."""
+    """R6: the steps that are left, the weights, the moments and the export are those of the run that went on."""
     found = runs.moved(saver, AFTER[saver], "all-tied")
     assert is_near(found, saver, torch.float32), found
 
@@ -51,13 +51,13 @@ def test_a_checkpoint_of_one_setting_continues_under_another(runs, saver):
 @pytest.mark.parametrize("setting, trained", [("hybrid-2x2", "all-tied"), ("zero1-2-tensor-2", "all-tied"),
                                               ("zero1-2-tensor-2-adamw8bit", "all-blocks-untied")])  # fmt: skip
 def test_a_checkpoint_continues_bit_for_bit_under_its_own_setting(runs, setting, trained):
-    """C11, R7, for the settings that shard most."""
+    """R25: for the settings that shard most."""
     assert runs.moved(setting, setting, trained)["bitwise"]
 
 
 @pytest.mark.parametrize("trained", ["all-untied", "dora-untied"])
 def test_what_a_tensor_group_exports_gives_the_logits_of_one_process_in_transformers_and_peft(runs, trained):
-    """C33: a model, and an adapter on the base that it was trained on."""
+    """R24: a model, and an adapter on the base that it was trained on."""
     shape, variant = TRAINED[trained].shape, TRAINED[trained].variant
     base, alone = runs.folder / "files" / shape / "base", runs.output("alone", trained)
     found = runs.output("zero1-2-tensor-2", trained)
@@ -76,7 +76,7 @@ def test_what_a_tensor_group_exports_gives_the_logits_of_one_process_in_transfor
 
 
 def test_a_run_under_torchrun_continues_with_its_weights_cut_in_another_way(tmp_path):
-    """C11: from FSDP on 4 ranks to ZeRO-1 over 2 tensor groups of 2; a run that was not interrupted is the oracle."""
+    """R6: from FSDP on 4 ranks to ZeRO-1 over 2 tensor groups of 2; a run that was not interrupted is the oracle."""
     about = ["--data", write_reviews(tmp_path / "data", 40), "--template", "imdb", "--max_length", 96, "--max_steps", 4,
              "--save_every", 2, "--keep_checkpoints", -1, "--sample_prompts", 0]  # fmt: skip
     whole, moved = tmp_path / "whole", tmp_path / "moved"
