@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from llama.boundary.choices import SHARDINGS
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import keep_frozen_in, on_meta
 from llama.parallel.mesh import mesh_shape
@@ -12,7 +13,7 @@ from llama.parallel.traffic import messages
 from llama.training.activations import Batch, activations
 from llama.training.forecast import Rates, seconds_of_step
 from llama.training.memory import Shapes, States, peak, states
-from llama.training.planner_settings import CHECKPOINTINGS, SHARDINGS
+from llama.training.planner_settings import CHECKPOINTINGS
 
 
 @dataclass(frozen=True)
