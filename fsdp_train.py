@@ -33,12 +33,11 @@ from llama.data.batches import pack
 from llama.data.examples import EncodedData
 from llama.evaluation.score import answer_ids, evaluate
 from llama.model import Llama
-from llama.parallel import gradients
+from llama.parallel import gradients, tensor
 from llama.parallel.collectives import fail_together
 from llama.parallel.distribute import distribute, on_meta
 from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, join
-from llama.parallel.tensor import sum_shared_gradients
 from llama.parallel.zero1 import ZeRO1
 from llama.storage.base import Base
 from llama.storage.checkpoint import Saver
@@ -107,7 +106,9 @@ def read(settings: FilledSettings) -> Task:
     examples = data.train.labelling_prompts() if settings.train_on_prompt else data.train
     words = answer_ids(data.template, base.tokenizer) if data.template.answers else None
     changes = Changes(settings.quantize, settings.asked_adapter(), settings.train_layers, settings.adapter)
-    changes.apply(on_meta(base.config))  # only to raise UserError now, e.g. for a --lora_targets that matches nothing
+    shapes = on_meta(base.config)  # only to raise UserError now, e.g. for a --lora_targets that matches nothing
+    changes.apply(shapes)
+    tensor.unit_counts(shapes, settings.tensor_parallel)
     return Task(base, changes, data, examples, words)
 
 
@@ -227,7 +228,7 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
         (loss * (process.data_ranks / labels)).backward()
         total += loss.detach()
     process.sum_over_data_ranks(total)
-    sum_shared_gradients(model, process)
+    tensor.sum_shared_gradients(model, process)
     norm = gradient_norm(model)
     if norm.isfinite():  # otherwise run_steps raises UserError
         clip_gradients(model, norm, settings.max_grad_norm)

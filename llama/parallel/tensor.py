@@ -152,7 +152,7 @@ def cut(model: Llama, process: Process) -> None:
     for name, module in list(model.named_modules()):
         for row in PLAN:
             if row.module == name.rpartition(".")[2]:
-                follow(row, name, module, counts.get(row.unit, 1), group)
+                follow(row, module, counts.get(row.unit, 1), group)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     become(model.layers[-1], LastLayer, tensor_group=group)
@@ -163,10 +163,14 @@ def cut(model: Llama, process: Process) -> None:
 
 
 def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
-    """How many units there are to share. Raises UserError where there are fewer than ranks."""
+    """How many units there are to share. Raises UserError for a model that so many ranks cannot share."""
     config = model.config
     is_packed = any(isinstance(module, NF4Linear) for module in model.modules())
     block = WEIGHTS_PER_SCALE if is_packed else 1
+    columns = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    if ranks > 1 and columns % block:
+        problem = f"o_proj has {columns} columns for each key/value head, expected a multiple of {block}"
+        raise UserError(f"--tensor_parallel {ranks} --quantize nf4: {problem}; use --quantize int8")
     counts = {
         "key/value heads": config.num_key_value_heads,
         "features": config.intermediate_size // block,
@@ -175,7 +179,8 @@ def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
     for unit, count in counts.items():
         if count < ranks:
             what = f"blocks of {block} features" if is_packed and unit == "features" else unit
-            raise UserError(f"--tensor_parallel {ranks}: the model has {count} {what}, expected at least {ranks}")
+            expected = f"expected at least {ranks}, one for each rank"
+            raise UserError(f"--tensor_parallel {ranks}: the model has {count} {what}, {expected}")
     return counts
 
 
@@ -187,11 +192,11 @@ def share(whole: int, count: int, group: dist.ProcessGroup) -> range:
     return range(first * size, end * size)
 
 
-def follow(row: Row, name: str, module: nn.Module, count: int, group: dist.ProcessGroup) -> None:
+def follow(row: Row, module: nn.Module, count: int, group: dist.ProcessGroup) -> None:
     """Do to one module what a row of the plan says. `count`: of the row's units."""
     about: dict = {"tensor_group": group}
     if row.cut is not WHOLE:
-        cut_parameters(name, module, row.cut, count, group)
+        cut_parameters(module, row.cut, count, group)
         size = "num_embeddings" if isinstance(module, nn.Embedding) else ("out_features", "in_features")[row.cut]
         about["whole"] = getattr(module, size)
         about["own"] = share(about["whole"], count, group)
@@ -199,16 +204,13 @@ def follow(row: Row, name: str, module: nn.Module, count: int, group: dist.Proce
     become(module, row.becomes, **about)
 
 
-def cut_parameters(name: str, module: nn.Module, cut: int, count: int, group: dist.ProcessGroup) -> None:
+def cut_parameters(module: nn.Module, cut: int, count: int, group: dist.ProcessGroup) -> None:
     """Replace the parameters of a module, and of its adapter, by this rank's parts of them."""
     for key, parameter in list(module.named_parameters()):
         dim = PARAMETERS[key][cut]
         if dim is WHOLE:
             continue
         whole = parameter.shape[dim]
-        if whole % count:
-            problem = f"{name}.{key} has {whole} columns, which {count} groups of heads do not divide"
-            raise UserError(f"--tensor_parallel {group.size()}: {problem}; use --quantize int8")
         own = share(whole, count, group)
         values = torch.empty_like(parameter.narrow(dim, own.start, len(own)))
         part = nn.Parameter(values, requires_grad=parameter.requires_grad)

@@ -167,14 +167,17 @@ SHAREABLE = replace(UNTIED, hidden_size=64, intermediate_size=256, num_attention
 
 @pytest.mark.parametrize("change, quantize, message", [
     ({"num_attention_heads": 9, "num_key_value_heads": 3}, "none",
-     "the model has 3 key/value heads, expected at least 4"),
-    ({"intermediate_size": 3}, "none", "the model has 3 features, expected at least 4"),
-    ({"vocab_size": 3}, "none", "the model has 3 token ids, expected at least 4"),
-    ({"intermediate_size": 192}, "nf4", "the model has 3 blocks of 64 features, expected at least 4"),
-    ({"head_dim": 16, "num_attention_heads": 8}, "nf4",
-     "layers.0.self_attn.o_proj.weight_absmax has 2 columns, which 4 groups of heads do not divide"),
+     "--tensor_parallel 4: the model has 3 key/value heads, expected at least 4, one for each rank"),
+    ({"intermediate_size": 3}, "none",
+     "--tensor_parallel 4: the model has 3 features, expected at least 4, one for each rank"),
+    ({"vocab_size": 3}, "none",
+     "--tensor_parallel 4: the model has 3 token ids, expected at least 4, one for each rank"),
+    ({"intermediate_size": 192}, "nf4",
+     "--tensor_parallel 4: the model has 3 blocks of 64 features, expected at least 4, one for each rank"),
+    ({"head_dim": 16}, "nf4", "--tensor_parallel 4 --quantize nf4: o_proj has 32 columns for each key/value head, "
+                              "expected a multiple of 64; use --quantize int8"),
 ])
 def test_a_model_that_a_tensor_group_cannot_share_is_refused_by_name(ranks, change, quantize, message):
     """C40."""
     results = ranks(4, refused, replace(SHAREABLE, **change), quantize)
-    assert len(set(results)) == 1 and results[0].startswith(f"--tensor_parallel 4: {message}")
+    assert results == [message] * 4
