@@ -143,10 +143,12 @@ def test_a_long_text_is_shown_by_its_ends_and_cannot_control_the_terminal():
 # Asking on several ranks
 
 
-def asked(folder: Path, path: Path, count: int, broken: bool = False) -> tuple[list[dict], bool]:
+def asked(
+    folder: Path, path: Path, count: int, broken: bool = False, tensor_parallel: int = 1
+) -> tuple[list[dict], bool]:
     """What a model with random weights answers in this test worker, and its mode afterwards."""
     base = Base.pretrained(str(folder))
-    process = this_process()
+    process = this_process("full", tensor_parallel)
     model = build(base.config, process)
     base.load(model)
     if broken:
@@ -190,6 +192,22 @@ def test_a_slow_model_is_not_waited_for(ranks, tmp_path, cache):
 def asked_in_a_hurry(folder: Path, path: Path) -> list[dict]:
     with replaced(samples, LONGEST_WAIT=-1.0):
         return asked(folder, path, 3)[0]
+
+
+def asked_by_clocks_that_differ(folder: Path, path: Path) -> list[dict]:
+    """Rank 1 of the tensor group is late from the first token on, rank 0 never."""
+    late = torch.distributed.get_rank() == 1
+    with replaced(samples, LONGEST_WAIT=-1.0 if late else 1e6):
+        return asked(folder, path, 3, tensor_parallel=2)[0]
+
+
+@pytest.mark.slow
+def test_a_tensor_group_ends_an_answer_together_although_each_rank_has_its_own_clock(ranks, tmp_path, cache):
+    """C45: a rank that went on alone would wait forever for the others' part of the next token."""
+    folder, path = write_base(tmp_path / "base"), write_questions(tmp_path)
+    first, second = ranks(2, asked_by_clocks_that_differ, folder, path, timeout=60)
+    assert first == second and all(sample["before"].endswith(" ...") for sample in first)
+    assert max(len(sample["before"]) for sample in first) < 10
 
 
 def refused(folder: Path, path: Path) -> str:
