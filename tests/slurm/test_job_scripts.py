@@ -1,6 +1,9 @@
 """slurm/: the flags that each job gives to the trainer, and what every job tells SLURM."""
 
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from runs import ROOT
@@ -57,3 +60,48 @@ def test_7b_shares_each_layer_among_8_and_the_update_among_the_others():
 @pytest.mark.parametrize("job", JOBS)
 def test_a_flag_behind_the_jobs_name_counts_more(job):
     assert flags(job, "--seed", "7").seed == 7 != flags(job).seed
+
+
+# What the script does after the end of a step. In place of SLURM: a step that the end of the time finds running.
+SRUN = """#!/bin/bash
+trap 'mkdir -p "$SAVED"; exit 1' USR1
+kill -USR1 "$PPID"
+while :; do sleep 0.1; done
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && echo n1 || echo "$@"
+"""
+
+
+def after_the_time(tmp_path: Path, saved: str, srun: str = SRUN) -> tuple[int, str, str]:
+    """Exit status of the job's script, stdout and stderr; meanwhile the run saves this folder."""
+    for name, text in (("srun", srun), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    output = tmp_path / "out"
+    (output / "checkpoints/step-000003").mkdir(parents=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": sys.prefix, "SLURM_JOB_ID": "7",
+                                "SLURM_JOB_NODELIST": "n1", "SAVED": str(output / "checkpoints" / saved)}
+    if not (Path(sys.prefix) / "bin/activate").is_file():
+        pytest.skip(f"{sys.prefix} is no virtual environment")
+    done = subprocess.run(["bash", "slurm/train.sbatch", "--output", output], cwd=ROOT, env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_goes_back_into_the_queue_only_with_a_new_checkpoint(tmp_path_factory):
+    status, told, _ = after_the_time(tmp_path_factory.mktemp("saves"), "step-000005")
+    assert status == 0 and told.endswith("checkpoints/step-000005\nrequeue 7\n")
+    for nothing_new in ("step-000003", "step-000005.tmp"):
+        status, told, complaint = after_the_time(tmp_path_factory.mktemp("stuck"), nothing_new)
+        assert status != 0 and "requeue" not in told
+        assert complaint.splitlines()[-1].startswith("train.sbatch: no checkpoint was saved before the end of the time")
+
+
+@pytest.mark.slow
+def test_a_job_that_failed_or_finished_does_not_go_back_into_the_queue(tmp_path_factory):
+    for expected in (0, 1):
+        step = f"#!/bin/bash\nexit {expected}\n"
+        status, told, _ = after_the_time(tmp_path_factory.mktemp("ended"), "step-000005", step)
+        assert status == expected and "requeue" not in told
