@@ -14,10 +14,11 @@ KILLS, FAULTS = 24, 8
 
 @pytest.mark.slow
 def test_no_kill_and_no_disk_error_loses_or_changes_anything(tmp_path):
-    """R1, R3, R9, R23: full, asynchronous and LoRA runs of two ranks, tensor groups on four ranks; kills at every kind of
-    change of the disk."""
+    """R1, R3, R9, R23: full, asynchronous and LoRA runs of two ranks, tensor groups on four ranks; kills at every kind
+    of change of the disk."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/crash.py"), "--kills", str(KILLS), "--faults",
-                           str(FAULTS), "--scenarios", "full,async,lora,tensor", "--output", str(tmp_path / "table.json")],
+                           str(FAULTS), "--scenarios", "full,async,lora,tensor", "--output",
+                           str(tmp_path / "table.json")],
                           text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
                           timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]

@@ -5,7 +5,8 @@
     selective  what is dear to compute again is kept, too: products with weights, and attention. Norms, rotations and
                silu(gate) * up are computed again (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198)
 
-The gradients are the same bit for bit: the same operations compute the same numbers again.
+The gradients are the same bit for bit: the same operations compute the same numbers again. A part of a layer that
+was compiled is one piece here, and is computed again as a whole; attention is not compiled, so it can be kept.
 """
 
 from functools import partial

@@ -146,8 +146,8 @@ class WhereToTrain(Settings):
     )
     activation_checkpointing: str = setting(
         "none",
-        "full: keep only each layer's input and compute the rest again in the backward; selective: keep products and "
-        "attention, too",
+        "full: keep only each layer's input and compute the rest again in the backward; selective: keep products with "
+        "weights and attention, too (of compiled layers only attention)",
         choices=("none", "full", "selective"),
     )
     compile: bool = setting(False, "compile each layer (half a minute at the start)")

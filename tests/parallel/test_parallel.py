@@ -18,6 +18,7 @@ from llama.boundary.errors import UserError
 from llama.data.batches import deal, pack
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.model.norm import RMSNorm
+from llama.model.packed import _BlockedAttention
 from llama.parallel.shards import all_finite
 from llama.storage.pretrained import initialize_weights
 from llama.training.optim import build_adamw
@@ -313,6 +314,29 @@ def test_without_resharding_weights_are_gathered_only_once_a_micro_batch(ranks):
     kept, _ = ranks(2, collectives, SETTINGS, sharding="grad")[0]
     assert kept["_allgather_base_"] == 2 * 3 and counts["_allgather_base_"] == 2 * 2 * 3
     assert kept["_reduce_scatter_base_"] == counts["_reduce_scatter_base_"]
+
+
+def gathers_by_layer(**options) -> list[int]:
+    """How many units had been asked for when each attention began: of the forward, then of the backward."""
+    model, batch, seen = built(replace(TIED, num_hidden_layers=4), **options), pack(Data(), [0, 1]), []
+    forward, backward = _BlockedAttention.forward, _BlockedAttention.backward
+    with Collectives() as mode, pytest.MonkeyPatch.context() as patched:
+
+        def noting(compute):
+            return staticmethod(lambda *args: seen.append(mode.counts["_allgather_base_"]) or compute(*args))
+
+        patched.setattr(_BlockedAttention, "forward", noting(forward))
+        patched.setattr(_BlockedAttention, "backward", noting(backward))
+        model(batch.tokens, batch.documents, batch.rows, batch.targets).backward()
+    return seen
+
+
+def test_while_a_layer_computes_the_weights_of_the_next_one_are_gathered(ranks):
+    """Forward: the root and layers 0 and 1 when layer 0 computes, all 5 units at the last two. Backward: again the
+    root, which computes the loss, and layers 3 and 2 when layer 3 computes."""
+    forward, backward = [3, 4, 5, 5], [8, 9, 10, 10]
+    assert ranks(2, gathers_by_layer) == 2 * [forward + backward]
+    assert ranks(2, gathers_by_layer, sharding="grad") == 2 * [forward + [5, 5, 5, 5]]
 
 
 # --- what lives in which dtype, under which name -----------------------------------------------------------

@@ -131,16 +131,17 @@ def test_on_a_gpu_selective_keeps_the_attention_that_runs_there(dtype):
         counts[kind] = operations.counts
     names = {operation.overloadpacket.__name__ for operation in recompute.ATTENTION}
     forwards = {kind: sum(counts[kind][name] for name in names) for kind in counts}
-    assert forwards["full"] == 2 * forwards["none"] > 0 and forwards["selective"] == forwards["none"], counts
+    if dtype == torch.bfloat16:  # in fp32 shared key/value heads have no kernel of their own: products, a softmax
+        assert forwards["full"] == 2 * forwards["none"] > 0 and forwards["selective"] == forwards["none"], counts
     for kind in ("full", "selective"):
         for expected, gradient in zip(gradients["none"], gradients[kind], strict=True):
             torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
 
 
-def gradients_in_a_tensor_group(kind: str, shard: str = "full") -> dict[str, Tensor]:
-    process = this_process(shard, tensor_parallel=2)
+def gradients_in_a_tensor_group(kind: str, compile: bool = False) -> dict[str, Tensor]:
+    torch._inductor.config.compile_threads = 1  # no pool of compilers that would outlive the test
     model = on_meta(CONFIG)
-    distribute(model, process, torch.float32, shard, kind)
+    distribute(model, this_process("full", tensor_parallel=2), torch.float32, "full", kind, compile)
     initialize_weights(model, seed=0)
     loss_of(model).backward()
     return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
@@ -154,3 +155,13 @@ def test_ranks_of_a_tensor_group_that_compute_again_send_again_and_get_the_same_
     found = ranks(ranks_, gradients_in_a_tensor_group, kind)
     for theirs, mine in zip(expected, found, strict=True):
         assert all(torch.equal(mine[name], gradient) for name, gradient in theirs.items())
+
+
+@slow
+def test_compiled_layers_of_a_tensor_group_that_compute_again_get_the_same_gradients(ranks):
+    """C27, C36: compiled, checkpointed, sharded over two ranks and split over two."""
+    expected = ranks(4, gradients_in_a_tensor_group, "none")[0]
+    found = ranks(4, gradients_in_a_tensor_group, "selective", compile=True, timeout=900)[0]
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
