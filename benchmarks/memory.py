@@ -1,12 +1,10 @@
-"""How much memory fine-tuning takes on each of some GPUs, counted on the meta device: no weights are needed.
+"""How much memory fine-tuning takes on each of some GPUs, as planner.py counts it: no weights are needed.
 
     python benchmarks/memory.py                            the table for 7B, 8B, 13B and 70B
     python benchmarks/memory.py --check DIR                the same count beside a measured run of a Hugging Face folder
 
-Counted, per rank: its slices of weights (fp32 where trained, bf16 or packed where frozen), of gradients (fp32) and of
-AdamW's moments; two layers and the embedding and head gathered whole in bf16, the gradients of one such unit before
-they are reduced, and a linear made whole from its 8 or 4 bits; the inputs of all layers and everything inside one, for
---tokens tokens a rank under --activation_checkpointing full; and three fp32 copies of the logits of 512 rows.
+The table is for --activation_checkpointing full. --check starts real ranks on this machine's CPU for each method. Their
+peak is above what they hold after their imports.
 """
 
 import argparse
@@ -14,70 +12,44 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from llama.boundary.untrusted import read_json
-from llama.model import ModelConfig
-from llama.model.loss import CHUNK
-from llama.model.quantize import KINDS
-from llama.parallel.distribute import keep_frozen_in, on_meta
-from llama.storage.base import config_from_json
-from llama.storage.peft import Adapter
-from llama.training.optim import build_adamw
+import fsdp_train
+import planner
+from llama.model import PackedDocuments
+from llama.parallel.mesh import mesh_shape
+from llama.parallel.processes import join
+from llama.parallel.scheme import Scheme
+from llama.parallel.shards import local_slice
+from llama.storage.base import Base
+from llama.training.memory import size
+from llama.training.planner_settings import PlannerSettings
+from llama.training.planning import Planner
+from llama.training.settings import TrainingSettings
 from llama.training.state import training_state
 from lora import Changes
 
-SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
-    "Llama 2 7B": (4096, 11008, 32, 32, 32, 32000),
-    "Llama 3 8B": (4096, 14336, 32, 32, 8, 128256),
-    "Llama 2 13B": (5120, 13824, 40, 40, 40, 32000),
-    "Llama 2 70B": (8192, 28672, 80, 64, 8, 32000),
-}
-RANK = 8
-METHODS = ("full", "full, adamw8bit", "LoRA", "LoRA, int8", "LoRA, nf4")
-
-
-def config_of(shape: tuple[int, ...]) -> ModelConfig:
-    D, F, layers, heads, kv, V = shape
-    return ModelConfig(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=kv, head_dim=D // heads)
-
-
-def changes_of(method: str) -> Changes:
-    kind = next((kind for kind in KINDS if kind in method), "none")
-    return Changes(kind, Adapter(RANK, 16.0) if "LoRA" in method else None)
-
-
-def size(tensors) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-def count(c: ModelConfig, method: str, ranks: int, tokens: int) -> dict[str, float]:
-    """Bytes per rank, by what they are for. Not all of it is needed at the same moment: a little too much."""
-    model = on_meta(c)
-    changes_of(method).apply(model)
-    keep_frozen_in(torch.bfloat16, model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
-    root = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
-    layer = list(model.layers[0].parameters())
-    units = [root, layer, layer]
-    # FSDP copies and casts what it gathers even on one rank, but for what is frozen there; it reduces in fp32.
-    gathered = sum(p.numel() * min(p.itemsize, 2) for unit in units for p in unit if ranks > 1 or p.requires_grad)
-    unreduced = (2 + 4) * max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
-    dequantised = {"int8": 4, "nf4": 6}.get(method[-4:].strip(), 0) * c.hidden_size * c.intermediate_size
-    inside = 2 * (8 * c.hidden_size + 4 * c.intermediate_size + 2 * c.num_key_value_heads * c.head_dim)
-    return {
-        "weights": size(model.parameters()) / ranks, "gradients": 4 * sum(p.numel() for p in trained) / ranks,
-        "moments": size(training_state(model, optimizer)["optimizer"].values()) / ranks,
-        "gathered": gathered + unreduced + dequantised,
-        "activations": tokens * (2 * c.hidden_size * c.num_hidden_layers + inside),
-        "logits": 3 * 4 * min(CHUNK, tokens) * c.vocab_size,
-    }
+SHAPES = {"Llama 2 7B": "7b", "Llama 3 8B": "8b", "Llama 2 13B": "13b", "Llama 2 70B": "70b"}
+METHODS = {
+    "full": {}, "full, adamw8bit": {"optimizer": "adamw8bit"}, "LoRA": {"lora_rank": 8},
+    "LoRA, int8": {"lora_rank": 8, "quantize": "int8"}, "LoRA, nf4": {"lora_rank": 8, "quantize": "nf4"},
+}  # fmt: skip
+# What is measured: ranks, and flags of the trainer.
+CHECKED = [
+    (1, {"dtype": "float32"}), (1, {"dtype": "bfloat16"}),
+    (1, {"dtype": "float32", "activation_checkpointing": "full"}),
+    (1, {"dtype": "float32", "lora_rank": 8}), (1, {"dtype": "bfloat16", "lora_rank": 8}),
+    (1, {"dtype": "bfloat16", "lora_rank": 8, "activation_checkpointing": "full"}),
+    (1, {"dtype": "bfloat16", "lora_rank": 8, "quantize": "nf4", "activation_checkpointing": "full"}),
+    (2, {"dtype": "float32"}), (2, {"dtype": "float32", "lora_rank": 8}),
+    (2, {"dtype": "float32", "sharding": "zero1"}), (2, {"dtype": "float32", "tensor_parallel": 2}),
+]  # fmt: skip
 
 
 def table(tokens: int, gpus: list[int]) -> dict:
@@ -85,71 +57,97 @@ def table(tokens: int, gpus: list[int]) -> dict:
     print(f"| GB a rank, {tokens} tokens | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in gpus) + " |")
     print("|---" * (len(gpus) + 1) + "|")
     for name, shape in SHAPES.items():
-        for method in METHODS:
-            totals = [sum(count(config_of(shape), method, n, tokens).values()) / 1e9 for n in gpus]
+        for method, flags in METHODS.items():
+            totals = []
+            for n in gpus:
+                settings = PlannerSettings(model=shape, gpus=n, tokens=tokens, sharding="full", tensor_parallel=1,
+                                           activation_checkpointing="full", **flags)
+                (row,) = planner.compared(settings, Planner(planner.job_of(settings), planner.rates_of(settings)))
+                totals.append(row.peak / 1e9)
             out[f"{name}, {method}"] = dict(zip(map(str, gpus), totals, strict=True))
             print(f"| {name}, {method} | " + " | ".join(f"{total:.0f}" for total in totals) + " |", flush=True)
     return out
 
 
-def check(folder: str, tokens: int) -> dict:
-    """A real process takes two steps; what it holds and held at most, beside the count."""
-    out = {}
-    print("| MB | states counted | states held | peak counted | peak measured |\n|---|---|---|---|---|")
-    for method in METHODS:
-        command = [sys.executable, __file__, "--run", method, "--check", folder, "--tokens", str(tokens)]
-        measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
-                                             env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout.splitlines()[-1])
-        counted = count(config_from_json(read_json(folder, "config.json")), method, 1, tokens)
-        states = counted["weights"] + counted["gradients"] + counted["moments"]
-        out[method] = measured | {"counted_states": states, "counted_peak": sum(counted.values())}
-        row = (states, measured["states"], sum(counted.values()), measured["peak"])
-        print(f"| {method} | " + " | ".join(f"{value / 1e6:.0f}" for value in row) + " |", flush=True)
+def planned(folder: str, ranks: int, given: dict, tokens: int) -> tuple[int, float]:
+    """Bytes of states, and at the peak, on a CPU."""
+    own = {"dtype", "lora_rank", "quantize", "optimizer"}
+    settings = PlannerSettings(model=folder, gpus=ranks, tokens=tokens,
+                               **{name: value for name, value in given.items() if name in own})
+    sharding = given.get("sharding", "full")
+    mesh = mesh_shape(sharding, given.get("tensor_parallel", 1), ranks, ranks)
+    job = planner.job_of(settings)
+    batch = replace(job.batch, on_gpu=False)
+    job = replace(job, batch=batch, step_tokens=tokens * mesh.data_ranks)
+    row = Planner(job, planner.rates_of(settings)).row(
+        Scheme(sharding, mesh, given.get("activation_checkpointing", "none")))
+    return row.held.total, row.peak
+
+
+def check(folder: str, tokens: int) -> list[dict]:
+    """Real processes take two steps; what the first rank holds and held at most, beside the count."""
+    out = []
+    print("| ranks | setting | MB of states: counted | held | peak: counted | measured | off |")
+    print("|---" * 7 + "|")
+    for ranks, given in CHECKED:
+        measured = measure(folder, ranks, given, tokens)
+        states, peak = planned(folder, ranks, given, tokens)
+        out.append({"ranks": ranks, "setting": given, "counted_states": states, "counted_peak": peak} | measured)
+        words = ", ".join(f"{name} {value}" for name, value in given.items())
+        cells = [f"{value / 1e6:.0f}" for value in (states, measured["states"], peak, measured["peak"])]
+        print(f"| {ranks} | {words} | " + " | ".join(cells) + f" | {peak / measured['peak'] - 1:+.0%} |", flush=True)
     return out
 
 
-def run(folder: str, method: str, tokens: int) -> None:
-    from llama.model import PackedDocuments
-    from llama.parallel.distribute import distribute
-    from llama.parallel.processes import join
-    from llama.parallel.shards import local_slice
-    from llama.storage.base import Base
+def measure(folder: str, ranks: int, given: dict, tokens: int) -> dict:
+    """{"states": bytes, "peak": bytes} of rank 0 of a real run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__,
+               "--one_run", json.dumps(given), "--check", folder, "--tokens", str(tokens)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
-    def resident(field: str) -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
 
+def run(folder: str, given: dict, tokens: int) -> None:
+    """One rank of a measured run, built by the trainer's own code."""
     torch.set_num_threads(1)
-    base, changes = Base.pretrained(folder), changes_of(method)
-    with join() as process:
+    settings = TrainingSettings(model=folder, **given).with_recipe(1)
+    base = Base.pretrained(folder)
+    changes = Changes(settings.quantize, settings.asked_adapter(), settings.train_layers)
+    with join(settings.sharding, settings.tensor_parallel) as process:
         before = resident("VmRSS")
-        model = on_meta(base.config)
-        changes.apply(model)
-        distribute(model, process, torch.bfloat16, activation_checkpointing="full")
-        base.load(model)
-        changes.load(model)
-        optimizer = build_adamw(model, 1e-4, 0.0, kind="adamw8bit" if "adamw8bit" in method else "adamw")
-        documents = PackedDocuments([512] * (tokens // 512))
+        task = SimpleNamespace(base=base, changes=changes)
+        plan = SimpleNamespace(dtype=getattr(torch, settings.dtype), saved=None, manifest=None)
+        model, optimizer = fsdp_train.build(settings, task, process, plan)
+        documents = PackedDocuments([min(512, tokens)] * (tokens // min(512, tokens)))
         stream = torch.randint(0, base.config.vocab_size, (tokens,))
         for _ in range(2):
+            optimizer.zero_grad()
             model(stream, documents, torch.arange(tokens), stream).backward()
+            fsdp_train.gradient_norm(model)
             optimizer.step()
         kept = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         moments = training_state(model, optimizer)["optimizer"]
         held = size(local_slice(tensor)[0] for tensor in (*kept, *moments.values()))
-        print(json.dumps({"states": held, "peak": resident("VmHWM") - before}))
+        if process.is_rank_zero:
+            print(json.dumps({"states": held, "peak": resident("VmHWM") - before}), flush=True)
+
+
+def resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch of one rank")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--check", help="a Hugging Face folder to run for real, on one process of this machine")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--check", help="a Hugging Face folder to run for real, on ranks of this machine")
+    parser.add_argument("--one_run", help=argparse.SUPPRESS)
     parser.add_argument("--output", help="write the figures to this JSON file")
     args = parser.parse_args()
-    if args.run:
-        return run(args.check, args.run, args.tokens)
+    if args.one_run:
+        return run(args.check, json.loads(args.one_run), args.tokens)
     results = check(args.check, args.tokens) if args.check else table(args.tokens, args.gpus)
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
