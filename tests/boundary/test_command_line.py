@@ -325,7 +325,8 @@ OUT_OF_RANGE = {
     "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
     "beta2": [-0.1, 1.0, float("nan")], "warmup_ratio": [-0.1, 1.1, float("nan")],
     "weight_decay": [-0.1, float("nan"), float("inf")], "max_grad_norm": [-1.0, float("nan"), float("inf")],
-    "seed": [-1], "eval_every": [-1], "eval_limit": [-1], "sample_prompts": [-1], "save_every": [-1],
+    "seed": [-1], "tensor_parallel": [0, -2],
+    "eval_every": [-1], "eval_limit": [-1], "sample_prompts": [-1], "save_every": [-1],
     "save_minutes": [-1.0, float("nan"), float("inf")],
     "keep_checkpoints": [0, -2], "log_every": [0],
 }  # fmt: skip
@@ -384,7 +385,8 @@ def test_settings_that_contradict_each_other_are_refused(settings, flags, messag
 def test_the_least_and_the_most_of_each_range_are_in_it():
     """C4: as a pack that holds just the longest example."""
     TrainingSettings(max_length=2, test_fraction=0.0, epochs=1e6, max_steps=0, batch_size=1, batch_tokens=2, seed=0,
-                     warmup_ratio=1.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, keep_checkpoints=-1)
+                     warmup_ratio=1.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, keep_checkpoints=-1,
+                     tensor_parallel=1)
     TrainingSettings(test_fraction=0.999, batch_tokens=0, group_by_length=True, warmup_ratio=0.0, keep_checkpoints=1)
     EvaluationSettings(model="x", batch_size=1, limit=0, predictions="a", metric="accuracy", output="b")
     data.Settings(show=0)
