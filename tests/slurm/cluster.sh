@@ -1,5 +1,5 @@
 #!/bin/bash
-# A private SLURM on this machine, for tests: a controller and two nodes, n1 and n2, with 4 processors and 2 (pretended) GPUs each.
+# A private SLURM on this machine, for tests: a controller and three nodes, n1 to n3, with 4 processors and 2 (pretended) GPUs each.
 #
 #     tests/slurm/cluster.sh start FOLDER     its keys, sockets, logs and processes all belong to FOLDER
 #     export SLURM_CONF=FOLDER/slurm.conf     from now on sbatch, squeue, scancel and scontrol speak to it
@@ -8,7 +8,7 @@
 #     tests/slurm/cluster.sh stop FOLDER
 #
 # It needs root and Debian's packages slurm-wlm and munge. It touches no service of the system and no file outside
-# FOLDER. Each node has a host name of its own, and sees a list of hosts in which n1 and n2 are this machine.
+# FOLDER. Each node has a host name of its own, and sees a list of hosts in which all nodes are this machine.
 set -eu
 
 complain() {
@@ -38,11 +38,11 @@ free_ports() { # prints $1 ports that nobody uses, below those that the system g
 }
 
 configure() {
-    local controller node1 node2
-    read -r controller node1 node2 <<< "$(free_ports 3 | xargs)"
+    local controller node1 node2 node3
+    read -r controller node1 node2 node3 <<< "$(free_ports 4 | xargs)"
     dd if=/dev/urandom of="$folder/munge.key" bs=128 count=1 2> /dev/null
     chmod 400 "$folder/munge.key"
-    { cat /etc/hosts; printf "127.0.1.1 n1\n127.0.1.2 n2\n"; } > "$folder/hosts"
+    { cat /etc/hosts; printf "127.0.1.1 n1\n127.0.1.2 n2\n127.0.1.3 n3\n"; } > "$folder/hosts"
     cat > "$folder/slurm.conf" << END
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -77,10 +77,20 @@ SlurmdTimeout=10
 SchedulerParameters=sched_interval=1,bf_interval=1
 NodeName=n1 NodeHostname=n1 NodeAddr=127.0.0.1 Port=$node1 CPUs=4 Gres=gpu:2
 NodeName=n2 NodeHostname=n2 NodeAddr=127.0.0.1 Port=$node2 CPUs=4 Gres=gpu:2
-PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+NodeName=n3 NodeHostname=n3 NodeAddr=127.0.0.1 Port=$node3 CPUs=4 Gres=gpu:2
+PartitionName=test Nodes=n1,n2,n3 Default=YES MaxTime=INFINITE State=UP
 END
     touch "$folder/gpu0" "$folder/gpu1"
     echo "Name=gpu File=$folder/gpu[0-1]" > "$folder/gres.conf"
+}
+
+wait_for_nodes() {
+    export SLURM_CONF=$folder/slurm.conf
+    for _ in $(seq 300); do
+        [ "$(sinfo --noheader --format %t 2> /dev/null)" = idle ] && return
+        sleep 0.2
+    done
+    complain "the nodes are not ready after 60 s: $(sinfo --noheader --Node --format '%N %t' | xargs); see $folder/*.log"
 }
 
 boot() { # the daemon of node $1, in its own namespace of mounts and of host names
@@ -91,7 +101,7 @@ boot() { # the daemon of node $1, in its own namespace of mounts and of host nam
 
 start() {
     check
-    mkdir -p "$folder"/{state,spool-n1,spool-n2}
+    mkdir -p "$folder"/{state,spool-n1,spool-n2,spool-n3}
     chmod 755 "$folder"
     configure
     munged --force --key-file "$folder/munge.key" --socket "$folder/munge.socket" --pid-file "$folder/munged.pid" \
@@ -101,11 +111,8 @@ start() {
     slurmctld -f "$SLURM_CONF"
     boot n1
     boot n2
-    for _ in $(seq 100); do
-        [ "$(sinfo --noheader --format %t 2> /dev/null)" = idle ] && return
-        sleep 0.2
-    done
-    complain "the nodes are not ready after 20 s: $(sinfo --noheader --Node --format '%N %t' | xargs); see $folder/*.log"
+    boot n3
+    wait_for_nodes
 }
 
 kill_node() { # node $1's daemon, and every process whose host name is the node's
@@ -126,6 +133,7 @@ stop() { # jobs get a moment to end; then everything ends
     done
     kill_node n1
     kill_node n2
+    kill_node n3
     for daemon in slurmctld munged; do
         pid=$(cat "$folder/$daemon.pid" 2> /dev/null) || continue
         while kill "$pid" 2> /dev/null; do
@@ -139,6 +147,6 @@ case $#$1 in
     2start) start ;;
     2stop) stop ;;
     3kill) kill_node "$3" ;;
-    3boot) boot "$3" ;;
+    3boot) boot "$3" && wait_for_nodes ;;
     *) complain "expected: start FOLDER, stop FOLDER, kill FOLDER NODE, or boot FOLDER NODE" ;;
 esac
