@@ -106,9 +106,9 @@ def read(settings: FilledSettings) -> Task:
     examples = data.train.labelling_prompts() if settings.train_on_prompt else data.train
     words = answer_ids(data.template, base.tokenizer) if data.template.answers else None
     changes = Changes(settings.quantize, settings.asked_adapter(), settings.train_layers, settings.adapter)
-    shapes = on_meta(base.config)  # only to raise UserError now, e.g. for a --lora_targets that matches nothing
-    changes.apply(shapes)
-    tensor.unit_counts(shapes, settings.tensor_parallel)
+    shapes = on_meta(base.config)
+    changes.apply(shapes)  # only to raise UserError now, e.g. for a --lora_targets that matches nothing
+    tensor.unit_counts(shapes, settings.tensor_parallel)  # the same, for a model that so many ranks cannot share
     return Task(base, changes, data, examples, words)
 
 
@@ -222,13 +222,13 @@ def train_step(current: Run, step: int) -> tuple[float, float, dict]:
     total = torch.zeros((), dtype=torch.float64, device=process.device)
     for i, micro_batch in enumerate(mine):
         batch = pack(examples, micro_batch, process.device)
-        gradients.sum_over_ranks(model, i == len(mine) - 1, settings.defer_gradient_sync)
+        gradients.set_gradient_sync(model, i == len(mine) - 1, settings.defer_gradient_sync)
         loss = model(batch.tokens, batch.documents, batch.rows, batch.targets)
         # FSDP averages gradients over data ranks, but the loss is a sum over them: hence the factor data_ranks.
         (loss * (process.data_ranks / labels)).backward()
         total += loss.detach()
     process.sum_over_data_ranks(total)
-    tensor.sum_shared_gradients(model, process)
+    gradients.sum_over_tensor_ranks(model, process)
     norm = gradient_norm(model)
     if norm.isfinite():  # otherwise run_steps raises UserError
         clip_gradients(model, norm, settings.max_grad_norm)

@@ -37,7 +37,7 @@ from llama.model.decoder import DecoderLayer
 from llama.model.mlp import MLP
 from llama.model.quantize import WEIGHTS_PER_SCALE, NF4Linear
 from llama.parallel.processes import Process
-from llama.parallel.shards import TensorCut, local_slice, tensor_cut
+from llama.parallel.shards import TensorCut, tensor_cut
 from llama.parallel.split_stream import gather_rows, sum_rows
 from llama.parallel.vocabulary import SplitEmbedding, SplitHead, SplitLlama
 
@@ -234,21 +234,3 @@ def mark(model: Llama) -> None:
     if isinstance(model, SplitLlama):
         for name, parameter in model.named_parameters():
             parameter.tensor_cut = model.tensor_cuts.get(name)  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def sum_shared_gradients(model: Llama, process: Process) -> None:
-    """Add up the gradients of the parameters that are whole on every rank of the tensor group: norms, some biases and
-    halves of adapters. Each rank has the term of its own tokens, heads or features. Collective, after the backward."""
-    gradients = []
-    for parameter in model.parameters():
-        cut = tensor_cut(parameter)
-        if parameter.grad is not None and cut and cut.dim is WHOLE:
-            gradients.append(local_slice(parameter.grad)[0])
-    if not gradients:
-        return
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(together, group=process.mesh["tensor"].get_group())
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, total in zip(gradients, together.split(sizes), strict=True):
-        gradient.copy_(total.view_as(gradient))

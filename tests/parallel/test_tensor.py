@@ -18,8 +18,9 @@ from llama.generation.step import lay_out
 from llama.model import Llama, ModelConfig, PackedDocuments
 from llama.parallel.collectives import any_rank, gather
 from llama.parallel.distribute import on_meta
+from llama.parallel.gradients import sum_over_tensor_ranks
 from llama.parallel.shards import Part, cut_as, local_slice, region, whole_shape
-from llama.parallel.tensor import cut, mark, sum_shared_gradients
+from llama.parallel.tensor import cut, mark
 from llama.storage.config_json import config_from_json
 from llama.storage.pretrained import initialize_weights, load_weights
 from lora import Changes
@@ -80,7 +81,7 @@ def step(config: ModelConfig, dtype: torch.dtype, tensor_ranks: int) -> tuple[fl
     mark(model)
     loss = loss_of(model)
     loss.backward()
-    sum_shared_gradients(model, process)
+    sum_over_tensor_ranks(model, process)
     return float(loss.detach()), gradients_of(model)
 
 

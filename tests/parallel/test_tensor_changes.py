@@ -13,7 +13,7 @@ from test_tensor import gradients_of, loss_of, set_biases
 
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import on_meta
-from llama.parallel.tensor import sum_shared_gradients
+from llama.parallel.gradients import sum_over_tensor_ranks
 from llama.storage.base import config_to_json
 from llama.storage.peft import Adapter
 from llama.storage.pretrained import export_model, initialize_weights, load_weights
@@ -61,7 +61,7 @@ def step(folder: Path, changes: Changes, tensor_ranks: int) -> tuple[float, floa
     torch.manual_seed(5)
     loss = loss_of(model, EVEN)
     loss.backward()
-    sum_shared_gradients(model, tensor_process(tensor_ranks))
+    sum_over_tensor_ranks(model, tensor_process(tensor_ranks))
     return float(loss.detach()), float(gradient_norm(model)), gradients_of(model)
 
 
