@@ -44,7 +44,7 @@ from llama.storage.checkpoint import Saver
 from llama.storage.peft import save_adapter
 from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.training.plan import COUNTS, Plan, make_plan
+from llama.training.plan import COUNTS, Plan, make_plan, refuse_what_cannot_fit
 from llama.training.report import Report
 from llama.training.state import Optimizer, restore, save_state
 from llama.training.stopping import STOPPED, StopRequests
@@ -89,6 +89,7 @@ def main() -> None:
         with fail_together(settings.data):
             if isinstance(task, UserError):
                 raise task
+            refuse_what_cannot_fit(settings, task.base.config, task.changes.apply, process)
         about_data = task.data.identity() | {"fingerprint": task.examples.fingerprint}
         identity = settings.identity(task.base.fingerprint, task.changes.adapter, about_data)
         folder = f"runs/{run_name(settings.data)}-{Path(settings.model).name}"

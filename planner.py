@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 
 from llama.boundary.errors import UserError
+from llama.parallel.distribute import on_meta
 from llama.storage.named_shapes import shape_of
 from llama.storage.peft import Adapter
 from llama.training.activations import Batch
@@ -28,18 +29,17 @@ from llama.training.forecast import Rates
 from llama.training.planning import Job, Planner, Row, schemes
 from lora import Changes
 
-DATA_SHEET = {"bfloat16": 989.0, "float32": 67.0}  # TFLOP/s of an H100
-HEADER = ("sharding", "tensor", "checkpointing", "states", "activations", "total GB", "sent GB", "step s", "tokens/s")
-WIDTHS = (8, 6, 13, 9, 11, 9, 8, 7, 9)
+HEADER = ("fits", "sharding", "tensor", "checkpointing", "states", "activations", "total GB", "sent GB", "step s",
+          "tokens/s")  # fmt: skip
+WIDTHS = (4, 8, 6, 13, 8, 11, 8, 8, 6, 8)
 
 
 def main() -> None:
     settings = parse(PlannerSettings, description=__doc__)
-    planner = Planner(job_of(settings), rates_of(settings))
-    rows = compared(settings, planner)
+    rows = compared(settings)
     room = settings.gpu_memory * 1e9 * (1 - settings.reserve)
     best = next((row for row in rows if row.peak <= room), None)
-    print(heading(settings, planner))
+    print(heading(settings))
     print(table(rows, room, best, settings.rows))
     print(advice(settings, rows, best, room))
 
@@ -63,47 +63,32 @@ def job_of(settings: PlannerSettings) -> Job:
     )
 
 
-def rates_of(settings: PlannerSettings) -> Rates:
-    peak = settings.peak_tflops or DATA_SHEET[settings.dtype]
-    return Rates(
-        operations=peak * 1e12 * settings.efficiency,
-        memory=settings.memory_gb_s * 1e9,
-        link=settings.link_gb_s * 1e9,
-        network=settings.network_gb_s * 1e9,
-        layer_starts=settings.layer_ms / 1e3,
-        node_gpus=settings.own_node,
-    )
-
-
-def compared(settings: PlannerSettings, planner: Planner) -> list[Row]:
+def compared(settings: PlannerSettings) -> list[Row]:
     """A row for each setting that is asked for, the fastest first. Raises UserError where none is possible."""
-    rows, refused = [], None
-    for scheme in schemes(settings.gpus, settings.node_gpus):
-        asked = (
-            settings.sharding in ("all", scheme.sharding)
-            and settings.tensor_parallel in (0, scheme.mesh.tensor)
-            and settings.activation_checkpointing in ("all", scheme.activation_checkpointing)
-        )
-        if asked:
-            try:
-                rows.append(planner.row(scheme))
-            except UserError as error:
-                refused = error
-    if not rows:
-        raise refused or UserError(f"--sharding {settings.sharding}: not on --gpus {settings.gpus}")
-    return sorted(rows, key=lambda row: (row.seconds, row.peak))
+    asked = [
+        scheme
+        for scheme in schemes(settings.gpus, settings.node_gpus)
+        if settings.sharding in ("all", scheme.sharding)
+        and settings.tensor_parallel in (0, scheme.mesh.tensor)
+        and settings.activation_checkpointing in ("all", scheme.activation_checkpointing)
+    ]
+    if not asked:
+        expected = f"several nodes for it: --gpus {settings.gpus} are on one, or have one share of the data"
+        raise UserError(f"--sharding {settings.sharding}: expected {expected}")
+    return Planner(job_of(settings), Rates.of(settings)).rows(asked)
 
 
-def heading(settings: PlannerSettings, planner: Planner) -> str:
-    whole = planner.whole
+def heading(settings: PlannerSettings) -> str:
+    job = job_of(settings)
+    whole = on_meta(job.config)
+    job.change(whole)
     weights = sum(p.numel() for p in whole.parameters())
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    tokens = planner.job.step_tokens
     return (
         f"{settings.model}: {weights / 1e9:,.2f} billion numbers, {trained / 1e9:,.3f} trained; {settings.gpus} GPUs "
-        f"of {settings.gpu_memory:g} GB\nA step of {tokens:,} tokens in micro-batches of {settings.tokens:,}; "
-        "all figures but tokens/s are those of the fullest\nGPU; total: its fullest moment, with "
-        "weights gathered from other GPUs and logits\n"
+        f"of {settings.gpu_memory:g} GB\nA step of {job.step_tokens:,} tokens in micro-batches of {settings.tokens:,}; "
+        "memory in GB, of the fullest\nGPU; total: its fullest moment, "
+        "with weights gathered from other GPUs and logits. BEST: the fastest\nthat fits.\n"
     )
 
 
@@ -112,11 +97,11 @@ def table(rows: list[Row], room: float, best: Row | None, limit: int) -> str:
     shown = rows[:limit] if limit else rows
     if best and best not in shown:
         shown = [*shown[:-1], best]
-    lines = ["  ".join(f"{name:>{width}}" for name, width in zip(HEADER, WIDTHS, strict=True))]
+    lines = [aligned(HEADER)]
     for row in shown:
-        verdict = "fits" if row.peak <= room else "too large"
-        mark = "  <- fastest that fits" if row is best else f"  {verdict}"
+        verdict = "yes" if row.peak <= room else "no"
         cells = (
+            "BEST" if row is best else verdict,
             row.scheme.sharding,
             str(row.scheme.mesh.tensor),
             row.scheme.activation_checkpointing,
@@ -127,26 +112,33 @@ def table(rows: list[Row], room: float, best: Row | None, limit: int) -> str:
             f"{row.seconds:,.2f}",
             f"{row.tokens_per_second:,.0f}",
         )
-        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + mark)
+        lines.append(aligned(cells))
     if len(shown) < len(rows):
         lines.append(f"{len(rows) - len(shown)} more settings are not shown; --rows 0 shows all")
     return "\n".join(lines)
+
+
+def aligned(cells: tuple[str, ...]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 def advice(settings: PlannerSettings, rows: list[Row], best: Row | None, room: float) -> str:
     if best:
         return f"\n{command(settings, best)}"
     nearest = min(rows, key=lambda row: row.peak)
-    lines = [f"\nnothing fits into {room / 1e9:.1f} GB; nearest, {nearest.peak / 1e9:.1f} GB: {flags(nearest)}"]
+    lines = [f"\nnothing fits into {room / 1e9:.1f} GB; nearest, {nearest.peak / 1e9:.1f} GB: {nearest.flags}"]
     for words, changed in ways_out(settings):
-        row = min(compared(changed, Planner(job_of(changed), rates_of(changed))), key=lambda row: row.peak)
-        verdict = "fits" if row.peak <= room else "does not fit either"
-        lines.append(f"with {words}: {row.peak / 1e9:.1f} GB, {verdict}")
+        least = min(row.peak for row in compared(changed))
+        lines.append(f"with {words}: {least / 1e9:.1f} GB, {'fits' if least <= room else 'does not fit either'}")
+        if least <= room and words.startswith("--gpus"):
+            break
     return "\n".join(lines)
 
 
 def ways_out(settings: PlannerSettings) -> Iterator[tuple[str, PlannerSettings]]:
-    """What would take less memory: the flags, and the settings with them."""
+    """What would take less memory: the flags, and the settings with them. More GPUs come last, the fewest first."""
+    if settings.activation_checkpointing == "all":
+        settings = replace(settings, activation_checkpointing="full")
     if settings.optimizer != "adamw8bit":
         yield "--optimizer adamw8bit", replace(settings, optimizer="adamw8bit")
     if not settings.lora_rank:
@@ -161,21 +153,6 @@ def ways_out(settings: PlannerSettings) -> Iterator[tuple[str, PlannerSettings]]
             yield f"--gpus {gpus}", replace(settings, gpus=gpus)
 
 
-def flags(row: Row) -> str:
-    """The flags of fsdp_train.py for one row."""
-    scheme = row.scheme
-    words = [f"--sharding {scheme.sharding}"]
-    if scheme.mesh.tensor > 1:
-        words.append(f"--tensor_parallel {scheme.mesh.tensor}")
-    if scheme.activation_checkpointing != "none":
-        words.append(f"--activation_checkpointing {scheme.activation_checkpointing}")
-    if scheme.micro_batches > 1:
-        words.append(f"--gradient_accumulation_steps {scheme.micro_batches}")
-    if scheme.defer_gradient_sync:
-        words.append("--defer_gradient_sync")
-    return " ".join(words)
-
-
 def command(settings: PlannerSettings, best: Row) -> str:
     """What to type. The model's name is a folder of weights only where the plan was made from one."""
     words = [f"torchrun --nproc_per_node {settings.own_node} fsdp_train.py --model {settings.model}"]
@@ -183,7 +160,7 @@ def command(settings: PlannerSettings, best: Row) -> str:
         value = getattr(settings, name)
         if value != getattr(PlannerSettings, name):
             words.append(f"--{name} {value}")
-    words += [f"--dtype {settings.dtype} --batch_tokens {settings.tokens}", flags(best)]
+    words += [f"--dtype {settings.dtype} --batch_tokens {settings.tokens}", best.flags]
     return " ".join(words)
 
 

@@ -28,6 +28,7 @@ from llama.parallel.processes import join
 from llama.parallel.scheme import Scheme
 from llama.parallel.shards import local_slice
 from llama.storage.base import Base
+from llama.training.forecast import Rates
 from llama.training.memory import size
 from llama.training.planner_settings import PlannerSettings
 from llama.training.planning import Planner
@@ -62,7 +63,7 @@ def table(tokens: int, gpus: list[int]) -> dict:
             for n in gpus:
                 settings = PlannerSettings(model=shape, gpus=n, tokens=tokens, sharding="full", tensor_parallel=1,
                                            activation_checkpointing="full", **flags)
-                (row,) = planner.compared(settings, Planner(planner.job_of(settings), planner.rates_of(settings)))
+                (row,) = planner.compared(settings)
                 totals.append(row.peak / 1e9)
             out[f"{name}, {method}"] = dict(zip(map(str, gpus), totals, strict=True))
             print(f"| {name}, {method} | " + " | ".join(f"{total:.0f}" for total in totals) + " |", flush=True)
@@ -79,7 +80,7 @@ def planned(folder: str, ranks: int, given: dict, tokens: int) -> tuple[int, flo
     job = planner.job_of(settings)
     batch = replace(job.batch, on_gpu=False)
     job = replace(job, batch=batch, step_tokens=tokens * mesh.data_ranks)
-    row = Planner(job, planner.rates_of(settings)).row(
+    row = Planner(job, Rates.of(settings)).row(
         Scheme(sharding, mesh, given.get("activation_checkpointing", "none")))
     return row.held.total, row.peak
 

@@ -27,7 +27,7 @@ def _shape(*sizes: int, tied: bool = False) -> ModelConfig:
 
 
 # Their config.json on the Hugging Face hub: meta-llama/Llama-3.2-1B, Llama-2-7b-hf, Llama-3.1-8B, Llama-2-13b-hf,
-# Llama-2-70b-hf.
+# Llama-2-70b-hf, Llama-3.1-70B.
 NAMED_SHAPES = {
     "tiny": TINY,
     "1b": _shape(2048, 8192, 16, 32, 8, 128256, 131072, tied=True),
@@ -35,6 +35,7 @@ NAMED_SHAPES = {
     "8b": _shape(4096, 14336, 32, 32, 8, 128256, 131072),
     "13b": _shape(5120, 13824, 40, 40, 40, 32000, 4096),
     "70b": _shape(8192, 28672, 80, 64, 8, 32000, 4096),
+    "llama3-70b": _shape(8192, 28672, 80, 64, 8, 128256, 131072),
 }
 
 

@@ -16,6 +16,7 @@ from llama.parallel.scheme import Scheme
 from llama.parallel.traffic import Message, lowest_trained_layer
 from llama.training.activations import Batch
 from llama.training.memory import Shapes
+from llama.training.planner_settings import PlannerSettings
 
 FORWARD = 2  # operations a weight and token: a product and a sum
 # Bytes of memory traffic for each weight that is made whole from few bits. nf4's is from a measured step: 0.27 s for
@@ -35,6 +36,17 @@ class Rates:
     network: float  # bytes that a GPU sends to other nodes
     layer_starts: float  # seconds in which Python starts all kernels of one layer, forward and backward
     node_gpus: int
+
+    @classmethod
+    def of(cls, settings: PlannerSettings) -> "Rates":
+        return cls(
+            operations=settings.peak * 1e12 * settings.efficiency,
+            memory=settings.memory_gb_s * 1e9,
+            link=settings.link_gb_s * 1e9,
+            network=settings.network_gb_s * 1e9,
+            layer_starts=settings.layer_ms / 1e3,
+            node_gpus=settings.own_node,
+        )
 
     def of_group(self, over: str, scheme: Scheme) -> float:
         """Bytes a second that each rank of such a group can send, when all groups send at the same time.

@@ -7,7 +7,7 @@ from llama.boundary.choices import SHARDINGS
 from llama.boundary.records import Settings, setting
 from llama.training.settings import TrainingSettings
 
-CHECKPOINTINGS = ("none", "selective", "full")
+DATA_SHEET = {"bfloat16": 989.0, "float32": 67.0}  # TFLOP/s of an H100
 
 
 def as_in_training(name: str) -> Any:
@@ -16,11 +16,14 @@ def as_in_training(name: str) -> Any:
     return field(default=entry.default, metadata=entry.metadata)
 
 
+CHECKPOINTINGS: tuple[str, ...] = as_in_training("activation_checkpointing").metadata["choices"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WhatToPlan(Settings):
     """what to train"""
 
-    model: str = setting(help="tiny, 1b, 7b, 8b, 13b or 70b, or a folder, of which only config.json is read")
+    model: str = setting(help="tiny, 1b, 7b, 8b, 13b, 70b, llama3-70b, or a folder, of which config.json is read")
     quantize: str = as_in_training("quantize")
     train_layers: str = as_in_training("train_layers")
     lora_rank: int = as_in_training("lora_rank")
@@ -59,7 +62,10 @@ class OnWhat(Settings):
         0.05, "part of the memory that is left to CUDA, NCCL and gaps between tensors", at_least=0, below=1
     )
     peak_tflops: float | None = setting(
-        None, "TFLOP/s of the chip's data sheet; 989 for bfloat16, 67 for float32", above=0
+        None,
+        f"TFLOP/s of the chip's data sheet; {DATA_SHEET['bfloat16']:g} for bfloat16, {DATA_SHEET['float32']:g} for "
+        "float32",
+        above=0,
     )
     efficiency: float = setting(
         0.4, "the part of it that training's products reach; 0.4 was measured on one H200", above=0, at_most=1
@@ -94,6 +100,11 @@ class PlannerSettings(WhatToPlan, OneStep, OnWhat):
             *((name, "--lora_rank with it", has_adapter or getattr(self, name) == getattr(type(self), name))
               for name in ("lora_targets", "lora_dropout", "lora_variant")),
         ]  # fmt: skip
+
+    @property
+    def peak(self) -> float:
+        """TFLOP/s."""
+        return self.peak_tflops or DATA_SHEET[self.dtype]
 
     @property
     def own_node(self) -> int:

@@ -1,9 +1,11 @@
 """Every way to spread one training job over some GPUs: what it holds, what it sends, how long a step takes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from llama.boundary.choices import SHARDINGS
+from llama.boundary.errors import UserError
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import keep_frozen_in, on_meta
 from llama.parallel.mesh import mesh_shape
@@ -41,6 +43,20 @@ class Row:
     seconds: float  # of one step
     tokens_per_second: float  # on all GPUs
 
+    @property
+    def flags(self) -> str:
+        """Those of fsdp_train.py that make this setting."""
+        words = [f"--sharding {self.scheme.sharding}"]
+        if self.scheme.mesh.tensor > 1:
+            words.append(f"--tensor_parallel {self.scheme.mesh.tensor}")
+        if self.scheme.activation_checkpointing != "none":
+            words.append(f"--activation_checkpointing {self.scheme.activation_checkpointing}")
+        if self.scheme.micro_batches > 1:
+            words.append(f"--gradient_accumulation_steps {self.scheme.micro_batches}")
+        if self.scheme.defer_gradient_sync:
+            words.append("--defer_gradient_sync")
+        return " ".join(words)
+
 
 class Planner:
     """`row` of each scheme. The shapes of a tensor rank are built once for each tensor-parallel degree."""
@@ -69,6 +85,18 @@ class Planner:
             self._shapes[tensor_ranks] = Shapes(model, self.job.optimizer, tensor_ranks, self.job.batch)
         return self._shapes[tensor_ranks]
 
+    def rows(self, asked: Iterable[Scheme]) -> list[Row]:
+        """The fastest first. Raises UserError where none is possible."""
+        found, refused = [], UserError("no setting is left")
+        for scheme in asked:
+            try:
+                found.append(self.row(scheme))
+            except UserError as error:
+                refused = error
+        if not found:
+            raise refused
+        return sorted(found, key=lambda row: (row.seconds, row.peak))
+
     def row(self, scheme: Scheme) -> Row:
         """Raises UserError for a model that so many tensor ranks cannot share."""
         job = self.job
@@ -92,16 +120,13 @@ class Planner:
 
 
 def schemes(gpus: int, node_gpus: int) -> Iterator[Scheme]:
-    """All of them for so many GPUs. Tensor groups stay inside a node."""
+    """All that so many GPUs can be arranged in. Where all have the same data, every sharding is the same."""
     own_node = min(gpus, node_gpus)
     for tensor_parallel in divisors(own_node):
-        for sharding in SHARDINGS:
-            is_alone = gpus == tensor_parallel and sharding != "full"  # one share of the data: all are the same
-            if is_alone or (sharding == "hybrid" and gpus == own_node):
-                continue
-            mesh = mesh_shape(sharding, tensor_parallel, gpus, own_node)
-            for checkpointing in CHECKPOINTINGS:
-                yield Scheme(sharding, mesh, checkpointing)
+        for sharding in SHARDINGS if gpus > tensor_parallel else ("full",):
+            with suppress(UserError):  # mesh_shape refuses hybrid on one node
+                mesh = mesh_shape(sharding, tensor_parallel, gpus, own_node)
+                yield from (Scheme(sharding, mesh, checkpointing) for checkpointing in CHECKPOINTINGS)
 
 
 def divisors(number: int) -> list[int]:
