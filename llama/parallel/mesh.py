@@ -27,16 +27,17 @@ class MeshShape(NamedTuple):
 
     @property
     def data_ranks(self) -> int:
-        """How many different shares of the data are trained on at the same time."""
+        """How many ranks, or groups of tensor ranks, train on different examples at the same time."""
         return self.replicate * self.shard
 
 
 def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, local_world_size: int) -> MeshShape:
-    """The mesh of `world_size` ranks, `local_world_size` of them on each node.
+    """The mesh of W = `world_size` ranks, L = `local_world_size` of them on each node; t = `tensor_parallel`.
 
-        full, grad    (1, W / t, t)             ZeRO-3 and ZeRO-2: slices over all ranks. None means one of them
-        hybrid        (nodes, L / t, t)         slices inside a node, copies between nodes
-        zero1, none   (W / t, 1, t)             whole weights on every rank
+                      (replicate, shard, tensor)
+        full, grad    (1, W / t, t)             ZeRO-3 and ZeRO-2: slices over all ranks. None is one of these two
+        hybrid        (nodes, L / t, t)         slices inside a node; each node has a copy
+        zero1, none   (W / t, 1, t)             no slices: every rank has whole weights, or its tensor part of them
 
     Raises UserError for ranks that cannot be arranged so.
     """

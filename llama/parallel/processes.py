@@ -24,7 +24,8 @@ from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
 CONNECTED_AT_ONCE = 128  # more ranks than these are connected one by one
-GROUPS, OTHER_FILES = 8, 1024  # of a process: open files are its connections in each group, and others
+GROUPS = 8  # process groups of a run, at most; in each of them a process has an open file for each other process
+OTHER_FILES = 1024  # that a process opens
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ class Process:
         if self.world_size == 1:
             return ranks
         arranged = [f"{count} {name}" for count, name in zip(self.mesh.shape, DIMENSIONS, strict=True)]
-        return f"{ranks} = {' x '.join(arranged)}"
+        ranks += f" = {' x '.join(arranged)}"
+        if self.tensor_ranks > 1:
+            ranks += f"; each {self.tensor_ranks} compute every layer together, on the same examples"
+        return ranks
 
     def sum_over_data_ranks(self, tensor: Tensor) -> None:
         """Replace what each rank has found on its share of the data by the sum of all shares. Collective."""
-        if self.tensor_rank > 0:  # the first of its group has found the same on the same share
+        if self.tensor_rank > 0:  # all ranks of a tensor group have found the same on the same share: it counts once
             tensor.zero_()
         dist.all_reduce(tensor)
 

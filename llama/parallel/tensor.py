@@ -75,8 +75,8 @@ class SummingLinear(nn.Linear):
     """A linear that has some columns of its weight: x (T, own columns) -> this rank's rows of the stream (.., out)."""
 
     tensor_group: dist.ProcessGroup
-    own: range  # its columns
-    whole: int  # how many columns there are
+    own: range  # the columns of this rank
+    whole_size: int  # how many columns the whole weight has
     dropout: float  # of its adapter
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class SummingLinear(nn.Linear):
 
     def drop(self, x: Tensor) -> Tensor:
         """An adapter's dropout. All ranks draw the mask of all columns, so that their random numbers stay the same."""
-        mask = F.dropout(x.new_ones(len(x), self.whole), self.dropout, self.training)
+        mask = F.dropout(x.new_ones(len(x), self.whole_size), self.dropout, self.training)
         return x * mask[:, self.own.start : self.own.stop]
 
     @torch.compiler.disable
@@ -98,32 +98,35 @@ class SummingLinear(nn.Linear):
         return squares.sqrt()
 
 
-ROWS, COLUMNS, WHOLE = 0, 1, None  # the dimension in which a parameter is cut
+# The dimension in which a parameter is cut. What is not cut, every rank of the group has whole.
+ROWS = 0
+COLUMNS = 1
+WHOLE = None
 
 
 @dataclass(frozen=True)
-class Row:
-    """What becomes of the modules with this name."""
+class Rule:
+    """What is done to every module with this name. A key/value head is one unit with the query heads that read it."""
 
     module: str
-    cut: int | None  # their weight
-    unit: str  # what a rank gets a whole number of: unit i * count // ranks is the first of rank i
-    becomes: type[nn.Module] | None = None  # a class that also does what is said in the last column
+    dim: int | None  # the dimension in which the weight is cut
+    unit: str  # what stays whole: of n units, rank i gets those from i * n // ranks up to the first of rank i + 1
+    becomes: type[nn.Module] | None = None  # the module's new class, which also sends what the last column says
 
 
-PLAN = (
-    #   module           weight   a rank has whole ...  new class            what it does besides
-    Row("embed_tokens",  ROWS,    "token ids",          SplitEmbedding),      # reduce-scatter at its end
-    Row("self_attn",     WHOLE,   "",                   GatheringAttention),  # all-gather at its start
-    Row("q_proj",        ROWS,    "key/value heads"),
-    Row("k_proj",        ROWS,    "key/value heads"),
-    Row("v_proj",        ROWS,    "key/value heads"),
-    Row("o_proj",        COLUMNS, "key/value heads",    SummingLinear),       # reduce-scatter at its end
-    Row("mlp",           WHOLE,   "",                   GatheringMLP),        # all-gather at its start
-    Row("gate_proj",     ROWS,    "features"),
-    Row("up_proj",       ROWS,    "features"),
-    Row("down_proj",     COLUMNS, "features",           SummingLinear),       # reduce-scatter at its end
-    Row("lm_head",       ROWS,    "token ids",          SplitHead),           # gathers the logits that are asked for
+RULES = (
+    #    module           weight   unit                  new class             what it sends
+    Rule("embed_tokens",  ROWS,    "token ids",          SplitEmbedding),      # reduce-scatter at its end
+    Rule("self_attn",     WHOLE,   "",                   GatheringAttention),  # all-gather at its start
+    Rule("q_proj",        ROWS,    "key/value heads"),
+    Rule("k_proj",        ROWS,    "key/value heads"),
+    Rule("v_proj",        ROWS,    "key/value heads"),
+    Rule("o_proj",        COLUMNS, "key/value heads",    SummingLinear),       # reduce-scatter at its end
+    Rule("mlp",           WHOLE,   "",                   GatheringMLP),        # all-gather at its start
+    Rule("gate_proj",     ROWS,    "features"),
+    Rule("up_proj",       ROWS,    "features"),
+    Rule("down_proj",     COLUMNS, "features",           SummingLinear),       # reduce-scatter at its end
+    Rule("lm_head",       ROWS,    "token ids",          SplitHead),           # all-gather, if a caller wants logits
 )  # fmt: skip
 
 # How the parameters of a linear are cut.
@@ -150,15 +153,15 @@ def cut(model: Llama, process: Process) -> None:
         return
     counts = unit_counts(model, group.size())
     for name, module in list(model.named_modules()):
-        for row in PLAN:
-            if row.module == name.rpartition(".")[2]:
-                follow(row, module, counts.get(row.unit, 1), group)
+        for rule in RULES:
+            if rule.module == name.rpartition(".")[2]:
+                follow(rule, module, counts.get(rule.unit, 1), group)
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        model.lm_head.weight = model.embed_tokens.weight  # each was cut by its rule; it is one parameter again
     become(model.layers[-1], LastLayer, tensor_group=group)
     whole = TensorCut(WHOLE, 0, 0, group.rank(), group.size())
     cuts = {name: tensor_cut(parameter) or whole for name, parameter in model.named_parameters()}
-    heads = share(model.config.num_key_value_heads, counts["key/value heads"], group)
+    heads = own_range(model.config.num_key_value_heads, counts["key/value heads"], group)
     become(model, SplitLlama, tensor_group=group, tensor_cuts=cuts, key_value_heads=len(heads))
 
 
@@ -166,7 +169,7 @@ def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
     """How many units there are to share. Raises UserError for a model that so many ranks cannot share."""
     config = model.config
     is_packed = any(isinstance(module, NF4Linear) for module in model.modules())
-    block = WEIGHTS_PER_SCALE if is_packed else 1
+    block = WEIGHTS_PER_SCALE if is_packed else 1  # columns that nf4 packs together
     columns = config.num_attention_heads // config.num_key_value_heads * config.head_dim
     if ranks > 1 and columns % block:
         problem = f"o_proj has {columns} columns for each key/value head, expected a multiple of {block}"
@@ -184,34 +187,35 @@ def unit_counts(model: Llama, ranks: int) -> dict[str, int]:
     return counts
 
 
-def share(whole: int, count: int, group: dist.ProcessGroup) -> range:
-    """This rank's indices of a dimension of `whole` numbers that has `count` units of the same size."""
-    size = whole // count
+def own_range(whole_size: int, count: int, group: dist.ProcessGroup) -> range:
+    """This rank's indices in a dimension of `whole_size` rows or columns, which are `count` units of the same size."""
+    unit = whole_size // count
     first = group.rank() * count // group.size()
     end = (group.rank() + 1) * count // group.size()
-    return range(first * size, end * size)
+    return range(first * unit, end * unit)
 
 
-def follow(row: Row, module: nn.Module, count: int, group: dist.ProcessGroup) -> None:
-    """Do to one module what a row of the plan says. `count`: of the row's units."""
+def follow(rule: Rule, module: nn.Module, count: int, group: dist.ProcessGroup) -> None:
+    """Do to one module what a rule says. `count`: how many of the rule's units the whole module has."""
     about: dict = {"tensor_group": group}
-    if row.cut is not WHOLE:
-        cut_parameters(module, row.cut, count, group)
-        size = "num_embeddings" if isinstance(module, nn.Embedding) else ("out_features", "in_features")[row.cut]
-        about["whole"] = getattr(module, size)
-        about["own"] = share(about["whole"], count, group)
+    if rule.dim is not WHOLE:
+        cut_parameters(module, rule.dim, count, group)
+        # The module's own name for the size of that dimension.
+        size = "num_embeddings" if isinstance(module, nn.Embedding) else ("out_features", "in_features")[rule.dim]
+        about["whole_size"] = getattr(module, size)
+        about["own"] = own_range(about["whole_size"], count, group)
         about[size] = len(about["own"])
-    become(module, row.becomes, **about)
+    become(module, rule.becomes, **about)
 
 
-def cut_parameters(module: nn.Module, cut: int, count: int, group: dist.ProcessGroup) -> None:
+def cut_parameters(module: nn.Module, weight_dim: int, count: int, group: dist.ProcessGroup) -> None:
     """Replace the parameters of a module, and of its adapter, by this rank's parts of them."""
     for key, parameter in list(module.named_parameters()):
-        dim = PARAMETERS[key][cut]
+        dim = PARAMETERS[key][weight_dim]
         if dim is WHOLE:
             continue
         whole = parameter.shape[dim]
-        own = share(whole, count, group)
+        own = own_range(whole, count, group)
         values = torch.empty_like(parameter.narrow(dim, own.start, len(own)))
         part = nn.Parameter(values, requires_grad=parameter.requires_grad)
         part.tensor_cut = TensorCut(dim, own.start, whole, group.rank(), group.size())  # type: ignore[attr-defined]
@@ -223,8 +227,9 @@ def become(module: nn.Module, kind: type[nn.Module] | None, **attributes) -> Non
     """Give a module the behaviour of `kind` on top of its own, and these attributes."""
     if kind:
         base = type(module)
-        # A linear with an adapter, or with packed weights, gets a class that inherits from both.
-        module.__class__ = kind if issubclass(kind, base) else type(f"{kind.__name__}{base.__name__}", (kind, base), {})
+        if not issubclass(kind, base):  # a linear with an adapter, or with packed weights: both behaviours
+            kind = type(f"{kind.__name__}{base.__name__}", (kind, base), {})
+        module.__class__ = kind
     for name, value in attributes.items():
         setattr(module, name, value)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from llama.model import Llama
 from llama.model.attention import AttentionContext
 from llama.model.embedding import Embedding
-from llama.model.loss import CHUNK, CHUNK_FROZEN
+from llama.model.loss import CHUNK, CHUNK_FROZEN, _SummedCrossEntropy
 from llama.parallel.shards import TensorCut
 from llama.parallel.split_stream import all_gather, sum_rows
 
@@ -30,9 +30,9 @@ class SplitEmbedding(Embedding):
     own: range  # the ids of this rank
 
     def forward(self, tokens: Tensor) -> Tensor:
-        row, is_mine = own_rows(tokens, self.own)
-        own = super().forward(row) * is_mine[:, None]
-        return sum_rows(own, self.tensor_group)
+        local, is_mine = local_ids(tokens, self.own)
+        embedded = super().forward(local) * is_mine[:, None]
+        return sum_rows(embedded, self.tensor_group)
 
 
 class SplitHead(nn.Linear):
@@ -40,10 +40,10 @@ class SplitHead(nn.Linear):
 
     tensor_group: dist.ProcessGroup
     own: range  # the ids of this rank
-    whole: int  # how many ids there are
+    whole_size: int  # how many ids there are
 
     def forward(self, x: Tensor) -> Tensor:
-        return gather_columns(super().forward(x), self.tensor_group, self.own.start, self.whole)
+        return gather_columns(super().forward(x), self.tensor_group, self.own.start, self.whole_size)
 
 
 class SplitLlama(Llama):
@@ -57,16 +57,17 @@ class SplitLlama(Llama):
     def forward(self, tokens: Tensor, context: AttentionContext, rows: Tensor, targets: Tensor) -> Tensor:
         x = self._hidden_states(tokens, context, rows)
         weight = self.lm_head.weight
-        row, is_mine = own_rows(targets, self.lm_head.own)
+        local, is_mine = local_ids(targets, self.lm_head.own)
         chunk = CHUNK if weight.requires_grad else CHUNK_FROZEN
-        return split_cross_entropy(x, weight, row, is_mine, chunk, self.tensor_group)
+        return split_cross_entropy(x, weight, local, is_mine, chunk, self.tensor_group)
 
 
-def own_rows(ids: Tensor, own: range) -> tuple[Tensor, Tensor]:
-    """The row in this rank's part of the vocabulary for each id, and whether the id is in it; if not, row 0."""
-    row = ids - own.start
-    is_mine = (row >= 0) & (row < len(own))
-    return row * is_mine, is_mine
+def local_ids(ids: Tensor, own: range) -> tuple[Tensor, Tensor]:
+    """Each id counted from the first one of this rank: its row in this rank's weight. And whether it is one of this
+    rank's ids; for all others the row is 0, and what is read there must not count."""
+    local = ids - own.start
+    is_mine = (local >= 0) & (local < len(own))
+    return local * is_mine, is_mine
 
 
 @torch.compiler.disable
@@ -96,7 +97,7 @@ class _GatherColumns(torch.autograd.Function):
 def split_cross_entropy(
     hidden: Tensor,  # (R, D), the same on every rank
     weight: Tensor,  # (this rank's ids, D)
-    row: Tensor,  # (R) of `weight`: that of the target
+    local: Tensor,  # (R): the target's row in `weight`
     is_mine: Tensor,  # (R): whether the target is one of this rank's ids
     chunk: int,
     group: dist.ProcessGroup,
@@ -105,29 +106,30 @@ def split_cross_entropy(
 
     The gradient of `hidden` is a partial sum, the term of this rank's ids. Collective; its backward is not.
     """
-    return _SplitCrossEntropy.apply(hidden, weight, row, is_mine, chunk, group)
+    return _SplitCrossEntropy.apply(hidden, weight, local, is_mine, chunk, group)
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """As _SummedCrossEntropy of llama/model/loss.py, which explains it, with two reductions over ranks for a chunk."""
+    """As _SummedCrossEntropy of llama/model/loss.py, which explains it, with two all-reduces for each chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, row, is_mine, chunk, group):
+    def forward(ctx, hidden, weight, local, is_mine, chunk, group):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=loss_dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=loss_dtype) if need_weight else None
         for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            z = (hidden[part] @ weight.t()).to(loss_dtype)
-            log_sums, d_logits = _loss_of_rows(z, row[part, None], is_mine[part, None].to(loss_dtype), group)
-            loss += log_sums.sum()
+            rows = slice(start, start + chunk)
+            z = (hidden[rows] @ weight.t()).to(loss_dtype)
+            counts = is_mine[rows, None].to(loss_dtype)
+            losses, d_logits = _losses_of_rows(z, local[rows, None], counts, group)
+            loss += losses.sum()
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
+                d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[part]
+                d_weight += d_logits.t() @ hidden[rows]
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -135,21 +137,19 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * d_loss
-        d_weight = None if d_weight is None else d_weight * d_loss
-        return d_hidden, d_weight, None, None, None, None
+        return *_SummedCrossEntropy.backward(ctx, d_loss), None, None
 
 
-def _loss_of_rows(z: Tensor, row: Tensor, is_mine: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Loss (rows, 1) and, in the memory of z, its gradient softmax(z) - onehot(target), of this rank's ids."""
+def _losses_of_rows(z: Tensor, local: Tensor, counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The loss of each row (rows, 1) and, in the memory of z, its gradient softmax(z) - onehot(target), both from the
+    logits z (rows, this rank's ids). `counts` (rows, 1): 1 where the target is one of this rank's ids, else 0."""
     largest = z.amax(dim=-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     z -= largest  # so that exp cannot overflow
-    z_target = z.gather(1, row) * is_mine
+    z_target = z.gather(1, local) * counts
     z.exp_()
     sums = torch.cat([z.sum(dim=-1, keepdim=True), z_target], dim=1)
     dist.all_reduce(sums, group=group)
     exp_sum, z_target = sums.split(1, dim=1)
-    d_logits = z.div_(exp_sum).scatter_add_(1, row, -is_mine)
+    d_logits = z.div_(exp_sum).scatter_add_(1, local, -counts)
     return exp_sum.log() - z_target, d_logits
