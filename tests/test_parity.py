@@ -34,8 +34,8 @@ def runs(ranks, tmp_path_factory) -> Runs:
 
 @pytest.mark.parametrize("setting, trained", CASES)
 def test_a_setting_does_what_one_process_does(runs, setting, trained):
-    """C1, C2, C3, C5, C11, C31: losses, gradient norms, updated weights and moments of five clipped steps on examples of
-    very unequal length, with ranks that get no label and no example."""
+    """C1, C2, C3, C5, C11, C31: losses, gradient norms, updated weights and moments of five clipped steps on examples
+    of very unequal length, with ranks that get no label and no example."""
     dtype = torch.float64 if SETTINGS[setting].has_float64(trained) else torch.float32
     found = runs.parity(setting, trained, dtype)
     assert is_near(found, setting, dtype), found
