@@ -79,9 +79,9 @@ class Run:
 def main() -> None:
     asked = parse(TrainingSettings, description=__doc__)
     launched = launch()
-    shape = mesh_shape(asked.sharding, asked.tensor_parallel, launched.world_size, launched.local_world_size)
-    settings = asked.with_recipe(shape.data_ranks)
+    settings = asked.with_recipe(data_ranks=max(1, launched.world_size // asked.tensor_parallel))
     try:
+        mesh_shape(asked.sharding, asked.tensor_parallel, launched.world_size, launched.local_world_size)
         task: Task | UserError = read(settings)
     except UserError as error:  # raised after join(): if this rank left now, the others would wait in join() for it
         task = error

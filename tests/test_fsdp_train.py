@@ -481,34 +481,40 @@ def refused_where_rank_1_has_no_data(cache: Path, chosen: TrainingSettings) -> s
     return refused(cache, replace(chosen, data="nowhere") if dist.get_rank() == 1 else chosen)
 
 
-def test_ranks_whose_settings_or_data_differ_do_not_start(ranks, data, cache, tmp_path):
-    """R10: or one would wait for ever for a step that the others do not take."""
-    for told in ranks(2, refused_where_ranks_differ, cache, settings(data, tmp_path / "out")):
-        assert told.startswith("ranks 0 and 1 do not agree: seed is 0 and 1; expected the same files and versions")
+@pytest.mark.parametrize("name, values", [("seed", (0, 1)), ("sharding", ("full", "grad")), ("batch_size", (2, 99))])
+def test_ranks_whose_settings_or_data_differ_do_not_start(ranks, data, cache, tmp_path, name, values):
+    """R10: or one would wait for ever for what the others do not do."""
+    for told in ranks(2, refused_where_ranks_differ, cache, settings(data, tmp_path / "out"), name, values):
+        told_values = f"{name} is {values[0]!r} and {values[1]!r}"
+        assert told.startswith(f"ranks 0 and 1 do not agree: {told_values}; expected the same flags, files and")
     assert not (tmp_path / "out").exists()
 
 
-def refused_where_ranks_differ(cache: Path, chosen: TrainingSettings) -> str:
-    return refused(cache, replace(chosen, seed=dist.get_rank()))
+def refused_where_ranks_differ(cache: Path, chosen: TrainingSettings, name: str, values: tuple) -> str:
+    return refused(cache, replace(chosen, **{name: values[dist.get_rank()]}))
 
 
 @slow
-def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(data, cache, tmp_path):
-    """R9, C43: two launchers stand for two nodes; the second finds no data, and nobody waits for it to join."""
+@pytest.mark.parametrize("flags, problem", [
+    (["--data", "nowhere"], "nowhere: no such file or folder"),
+    (["--tensor_parallel", "2"], "--tensor_parallel 2: the number of processes on a node is 1, expected a multiple"),
+])  # fmt: skip
+def test_a_mistake_that_one_node_alone_meets_ends_all_of_them(data, cache, tmp_path, flags, problem):
+    """R9, C43: two launchers stand for two nodes; the second is refused, and nobody waits for it to join."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     nodes = [
         subprocess.Popen(
-            [*launcher(1, *address, "--node_rank", str(rank)), str(ROOT / "fsdp_train.py"), "--data", str(where),
-             "--template", "imdb", "--output", str(tmp_path / "out")],
+            [*launcher(1, *address, "--node_rank", str(rank)), str(ROOT / "fsdp_train.py"), "--data", str(data),
+             "--template", "imdb", "--output", str(tmp_path / "out"), *more],
             env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank, where in enumerate([data, tmp_path / "nowhere"])
+        for rank, more in enumerate([[], flags])
     ]
     told = [node.communicate(timeout=HANG)[0] for node in nodes]
     assert all(node.returncode for node in nodes)
-    assert all("nowhere: no such file or folder" in text for text in told), told
+    assert all(problem in text for text in told), told
 
 
 # Going on with a run

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama.boundary.errors import UserError
 from llama.boundary.launch import TORCHRUN, Launch, launch
-from llama.parallel.collectives import gather
+from llama.parallel.collectives import fail_together, gather
 from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
@@ -109,7 +109,8 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)
     leave = True
     try:
-        shape = mesh_shape(sharding, tensor_parallel, world_size, launched.local_world_size)
+        with fail_together("the mesh"):  # the flags of another node may be others
+            shape = mesh_shape(sharding, tensor_parallel, world_size, launched.local_world_size)
         yield Process(rank, world_size, device, _mesh(device, shape), store)
     except (Exception, KeyboardInterrupt) as error:
         # Only a UserError is known to have reached all ranks. After any other error this process just ends: the others

@@ -108,6 +108,7 @@ def make_plan(
     Raises UserError, on every rank, for data that do not fill a batch, a folder that is taken, and a checkpoint that is
     damaged or was made with other settings.
     """
+    _agree(vars(settings))
     schedule = Schedule(
         examples.lengths,
         settings.epochs,
@@ -167,13 +168,13 @@ def _choose_run(
 
 
 def _agree(identity: dict) -> None:
-    """Raises UserError where the identities of two ranks differ. Collective."""
+    """Raises UserError where the settings or identities of two ranks differ. Collective."""
     identities = gather(identity)
     for rank, other in enumerate(identities):
         first = identities[0]
         differing = [f"{name} is {first[name]!r} and {other[name]!r}" for name in first if other[name] != first[name]]
         if differing:
             raise UserError(
-                f"ranks 0 and {rank} do not agree: {'; '.join(differing)}; expected the same files and versions "
-                "everywhere"
+                f"ranks 0 and {rank} do not agree: {'; '.join(differing)}; expected the same flags, files and versions "
+                "on every node"
             )
