@@ -1,17 +1,17 @@
-"""How one job is spread over ranks, and how large the fullest rank's part of the model is. Pure arithmetic."""
+"""How one job is spread over ranks, and how wide the model of the fullest tensor rank is. Pure arithmetic."""
 
 from dataclasses import dataclass, replace
 
 from llama.model import ModelConfig
 from llama.parallel.mesh import MeshShape
+from llama.parallel.shards import largest_share
 
 
 @dataclass(frozen=True)
 class Scheme:
     """One way to train: how the ranks share the work, and what a step repeats.
 
-    `micro_batches`: of each rank in one optimizer step. `resharded`: whether a layer's gathered weights are freed after
-    its forward.
+    `micro_batches`: of each rank in one optimizer step.
     """
 
     sharding: str
@@ -26,12 +26,8 @@ class Scheme:
 
     @property
     def resharded(self) -> bool:
+        """Whether a layer's gathered weights are freed after its forward, and gathered again for its backward."""
         return self.sharding != "grad"
-
-
-def largest_part(units: int, ranks: int) -> int:
-    """How many of `units` the fullest of `ranks` holds, where rank r holds r * units // ranks up to the next one's."""
-    return -(-units // ranks)
 
 
 def fullest_tensor_rank(config: ModelConfig, ranks: int, feature_unit: int = 1) -> ModelConfig:
@@ -42,12 +38,12 @@ def fullest_tensor_rank(config: ModelConfig, ranks: int, feature_unit: int = 1) 
     residual stream keeps its width.
     """
     group = config.num_attention_heads // config.num_key_value_heads
-    key_value_heads = largest_part(config.num_key_value_heads, ranks)
-    units = largest_part(config.intermediate_size, feature_unit)
+    key_value_heads = largest_share(config.num_key_value_heads, ranks)
+    units = largest_share(config.intermediate_size, feature_unit)
     return replace(
         config,
         num_attention_heads=group * key_value_heads,
         num_key_value_heads=key_value_heads,
-        intermediate_size=min(config.intermediate_size, largest_part(units, ranks) * feature_unit),
-        vocab_size=largest_part(config.vocab_size, ranks),
+        intermediate_size=min(config.intermediate_size, largest_share(units, ranks) * feature_unit),
+        vocab_size=largest_share(config.vocab_size, ranks),
     )

@@ -1,4 +1,9 @@
-"""What one rank holds of a tensor: which slice, where it lies in the whole, and how to fill it."""
+"""What one rank holds of a tensor: which slice, where it lies in the whole, and how to fill it.
+
+    whole   the tensor as one process would have it
+    slice   what this rank holds of it: its rows or columns under tensor parallelism, and of these its rows under FSDP
+    part    what this rank counts and writes of its slice, where other ranks hold the same slice: some of its rows
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +21,10 @@ from llama.parallel.collectives import gather
 
 @dataclass(frozen=True)
 class TensorCut:
-    """What tensor parallelism has left of a parameter to this rank: `parameter.tensor_cut`. FSDP then shards that part.
+    """What tensor parallelism has left of a parameter to this rank: `parameter.tensor_cut`. FSDP then shards the rest.
 
     dim: the dimension that was cut, 0 for rows, 1 for columns; None: every rank of the tensor group holds the whole.
-    start, whole: where the part starts in this dimension, and how long the whole is in it.
+    start, whole: where the rest starts in this dimension, and how long the whole is in it.
     rank, ranks: this rank in its tensor group, and how many ranks that has.
     """
 
@@ -36,13 +41,13 @@ def tensor_cut(tensor: Tensor) -> TensorCut | None:
 
 
 def cut_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Mark a gradient or moment as part of a whole, as its parameter is."""
+    """Mark a gradient or moment as a slice of a whole, as its parameter is."""
     tensor.tensor_cut = tensor_cut(parameter)  # type: ignore[attr-defined]
     return tensor
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of the whole of which this rank holds a part."""
+    """The shape of the whole of which this rank holds a slice."""
     shape = list(tensor.shape)
     cut = tensor_cut(tensor)
     if cut and cut.dim is not None:
@@ -50,15 +55,20 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def largest_share(count: int, ranks: int) -> int:
+    """How many of `count` rows, heads or tokens the fullest of `ranks` gets: count / ranks, rounded up."""
+    return -(-count // ranks)
+
+
 def what_is_left(shape: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
-    """Where a part of a tensor starts, and its size, after one cut after the other. Pure arithmetic: no process group.
+    """Where a slice of a tensor starts, and its size, after one cut after the other. Pure arithmetic: no process group.
 
     A cut (dim, ranks, rank) divides one dimension into as many chunks as there are ranks, all of the same size, rounded
     up, and keeps the chunk of this rank: as `torch.chunk`, so the last chunks can be smaller or empty.
     """
     start, size = [0] * len(shape), list(shape)
     for dim, ranks, rank in cuts:
-        chunk = -(-size[dim] // ranks)
+        chunk = largest_share(size[dim], ranks)
         before = min(rank * chunk, size[dim])
         start[dim] += before
         size[dim] = min(chunk, size[dim] - before)
@@ -66,7 +76,7 @@ def what_is_left(shape: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> 
 
 
 def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """This rank's part of a tensor, to read or change in place, and the index in the whole at which it starts."""
+    """This rank's slice of a tensor, to read or change in place, and the index in the whole at which it starts."""
     cuts: list[tuple[int, int, int]] = []
     local = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -88,13 +98,13 @@ def local_slice(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def region(start: Sequence[int], part: Tensor) -> tuple[slice, ...]:
-    """The index of a part that starts at `start` of the whole: whole[region(start, part)] has the part's shape."""
+    """The index of a slice or part that starts at `start` of the whole: whole[region(start, part)] has its shape."""
     return tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank answers for of a tensor of that shape: `local`, which starts at `start` of the whole.
+    """What this rank answers for of a tensor of that whole shape: `local`, which starts at `start` of the whole.
 
     The parts of all ranks are the whole, each number once. Ranks that hold the same slice share its rows, so that all
     of them, and all nodes, write at the same time.
@@ -180,10 +190,10 @@ def draw(
     seed: int,
     fill: Callable[[Tensor, torch.Generator], object],
 ) -> None:
-    """Fill this rank's part with random numbers that do not depend on the number of ranks.
+    """Fill this rank's slice with random numbers that do not depend on the number of ranks.
 
     Every rank lets `fill` write the whole tensor in fp32, from a generator seeded by `seed` and `name`, and keeps its
-    own part.
+    own slice.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,14 +1,15 @@
 """The residual stream of T tokens, split over the ranks of a tensor group: each has ceil(T / ranks) of its rows.
 
     rank 0   row 0  row 1  row 2              T = 5 on 2 ranks
-    rank 1   row 3  row 4  (filled up)        rows that fill up are cut off again when the stream is gathered
+    rank 1   row 3  row 4  (padding)          padding is cut off again when the stream is gathered
 
 Two operations lead from the split stream to the whole one and back. Each is the other's backward:
 
     gather_rows   every rank gets all rows (all-gather)
     sum_rows      every rank has a partial sum of all rows, and gets the whole sum of its own rows (reduce-scatter)
 
-A gradient of what every rank holds whole is therefore a partial sum, one term on each rank, until `sum_rows` adds it.
+Behind `gather_rows` each rank uses the whole stream for its own heads or features. So the gradient there is a partial
+sum, one term on each rank, and the backward adds the terms.
 Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, call this sequence parallelism.
 """
 
@@ -22,8 +23,8 @@ from llama.parallel.collectives import all_gather_tensor, reduce_scatter_tensor
 
 @torch.compiler.disable
 def gather_rows(own: Tensor, group: dist.ProcessGroup, count: int | None = None) -> Tensor:
-    """(ceil(T / ranks), D) on each rank -> the first `count` rows of the whole stream (default: also filled-up ones).
-    Collective, as is its backward."""
+    """(ceil(T / ranks), D) on each rank -> (count, D), the first rows of the whole stream. Without `count` all of them,
+    with the padding. Collective, as is its backward."""
     return _GatherRows.apply(own, group, count)
 
 
@@ -59,17 +60,17 @@ class _SumRows(torch.autograd.Function):
 
 
 def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The same number of rows of each rank, below each other."""
+    """The rows of each rank, below each other: (n, ...) -> (ranks * n, ...), for the same n on each rank."""
     whole = own.new_empty(group.size() * len(own), *own.shape[1:])
     all_gather_tensor(whole, own.contiguous(), group)
     return whole
 
 
 def reduce_scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over ranks, filled up with zeros so that all have the same number."""
+    """This rank's rows of the sum over ranks: (T, D) -> (ceil(T / ranks), D), with zeros as padding."""
     ranks = group.size()
     missing = -len(partial) % ranks
-    filled = F.pad(partial, (0, 0, 0, missing)).contiguous()
-    own = partial.new_empty(len(filled) // ranks, *partial.shape[1:])
-    reduce_scatter_tensor(own, filled, group=group)
+    padded = F.pad(partial, (0, 0, 0, missing)).contiguous()
+    own = partial.new_empty(len(padded) // ranks, *partial.shape[1:])
+    reduce_scatter_tensor(own, padded, group=group)
     return own

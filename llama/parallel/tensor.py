@@ -58,7 +58,8 @@ class GatheringMLP(MLP):
     tensor_group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(gather_rows(x, self.tensor_group))
+        x = gather_rows(x, self.tensor_group)  # with padding: no row of an MLP reads another row
+        return super().forward(x)
 
 
 class LastLayer(DecoderLayer):

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from llama.model import Llama
-from llama.parallel.scheme import Scheme, largest_part
+from llama.parallel.scheme import Scheme
+from llama.parallel.shards import largest_share
 
 ONE_NUMBER = 8  # bytes of an fp64 sum
 
@@ -60,7 +61,7 @@ def units_of(model: Llama) -> list[list[nn.Parameter]]:
 def padded(parameter: torch.Tensor, ranks: int) -> int:
     """Numbers of a parameter once its rows are filled up to equal shares for all ranks."""
     rows = parameter.shape[0]
-    return parameter.numel() // rows * largest_part(rows, ranks) * ranks
+    return parameter.numel() // rows * largest_share(rows, ranks) * ranks
 
 
 def gathered_bytes(unit: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype) -> int:
@@ -139,7 +140,7 @@ def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) ->
 
     The backward of a gather is a reduce-scatter and the reverse. Autograd leaves out what leads to no trained weight.
     """
-    per_rank = largest_part(tokens, scheme.mesh.tensor)
+    per_rank = largest_share(tokens, scheme.mesh.tensor)
     stream = per_rank * scheme.mesh.tensor * model.config.hidden_size * dtype.itemsize
     recomputes = scheme.activation_checkpointing == "full"
     # The embedding's parts are added up and scattered; the last layer's output is gathered.

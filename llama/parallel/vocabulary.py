@@ -84,8 +84,8 @@ class _GatherColumns(torch.autograd.Function):
         ctx.columns = slice(start, start + own.shape[1])
         ranks = group.size()
         widths = [(i + 1) * whole // ranks - i * whole // ranks for i in range(ranks)]
-        filled = F.pad(own, (0, max(widths) - own.shape[1]))
-        parts = all_gather(filled, group).split(len(own)) if len(own) else [filled] * ranks
+        padded = F.pad(own, (0, max(widths) - own.shape[1]))
+        parts = all_gather(padded, group).split(len(own)) if len(own) else [padded] * ranks
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     @staticmethod

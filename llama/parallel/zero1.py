@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from llama.model import Llama
 from llama.parallel.collectives import all_gather_tensor
 from llama.parallel.processes import Process
-from llama.parallel.shards import cut_as, local_slice
+from llama.parallel.shards import cut_as, largest_share, local_slice
 
 
 class ZeRO1:
@@ -47,17 +47,16 @@ class ZeRO1:
 
     def _rows_of(self, tensor: Tensor) -> DTensor:
         """This rank's rows of a parameter or gradient. The last ranks can have fewer rows than the first, or none."""
-        whole, _ = local_slice(tensor)
-        ranks = self.mesh.size()
-        chunk = rows_of_a_rank(whole, ranks)
-        first = self.mesh.get_local_rank() * chunk
+        held, _ = local_slice(tensor)
+        count = largest_share(len(held), self.mesh.size())
+        first = self.mesh.get_local_rank() * count
         rows = DTensor.from_local(
-            whole[first : first + chunk],
+            held[first : first + count],
             self.mesh,
             [Shard(0)],
             run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
+            shape=held.shape,
+            stride=held.stride(),
         )
         cut_as(rows, tensor)
         return rows
@@ -66,38 +65,31 @@ class ZeRO1:
         for parameter, rows in self.rows.items():
             rows.grad = None if parameter.grad is None else self._rows_of(parameter.grad)
         self.inner.step()
-        self.gather_rows()
+        self.gather_updated_rows()
 
     def zero_grad(self) -> None:
         for parameter, rows in self.rows.items():
             parameter.grad = rows.grad = None
 
     @torch.no_grad()
-    def gather_rows(self) -> None:
+    def gather_updated_rows(self) -> None:
         """Replace each row of the weights by that of the rank which updates it. Collective."""
         if self.mesh.size() > 1:
             for parameters in self.gathered_together:
                 if parameters:
-                    self._gather_rows_of(parameters)
+                    self._gather_updated_rows_of(parameters)
 
-    def _gather_rows_of(self, parameters: list[nn.Parameter]) -> None:
+    def _gather_updated_rows_of(self, parameters: list[nn.Parameter]) -> None:
         """One message for these parameters. In it each rank has room for as many rows as the first rank has."""
         ranks = self.mesh.size()
-        wholes = [local_slice(parameter)[0] for parameter in parameters]
-        sizes = []
-        for whole in wholes:
-            sizes.append(rows_of_a_rank(whole, ranks) * whole[:1].numel())
-        own = wholes[0].new_zeros(sum(sizes))
+        weights = [local_slice(parameter)[0] for parameter in parameters]
+        sizes = [largest_share(len(weight), ranks) * weight[:1].numel() for weight in weights]
+        own = weights[0].new_zeros(sum(sizes))
         for parameter, place in zip(parameters, own.split(sizes), strict=True):
             rows = self.rows[parameter].to_local()
             place[: rows.numel()] = rows.flatten()
         of_all = own.new_empty(ranks * len(own))
         all_gather_tensor(of_all, own, group=self.mesh.get_group())
-        for whole, of_parameter in zip(wholes, of_all.view(ranks, -1).split(sizes, dim=1), strict=True):
-            received = of_parameter.reshape(-1)[: whole.numel()]
-            whole.copy_(received.view_as(whole))
-
-
-def rows_of_a_rank(whole: Tensor, ranks: int) -> int:
-    """How many rows of a tensor the first ranks have: as FSDP and `torch.chunk` deal them."""
-    return -(-len(whole) // ranks)
+        for weight, of_weight in zip(weights, of_all.view(ranks, -1).split(sizes, dim=1), strict=True):
+            received = of_weight.reshape(-1)[: weight.numel()]
+            weight.copy_(received.view_as(weight))

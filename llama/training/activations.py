@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama.model import Llama
 from llama.model.decoder import DecoderLayer
 from llama.model.packed import VARLEN_OPTIONS
-from llama.parallel.scheme import Scheme, largest_part
+from llama.parallel.scheme import Scheme
+from llama.parallel.shards import largest_share
 from llama.parallel.traffic import lowest_trained_layer
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -47,7 +48,7 @@ def activations(model: Llama, scheme: Scheme, batch: Batch, layers: list[tuple[i
     `layers`: what `of_layers` says of it."""
     c = model.config
     width = batch.dtype.itemsize
-    stream = largest_part(batch.tokens, scheme.mesh.tensor) * c.hidden_size * width
+    stream = largest_share(batch.tokens, scheme.mesh.tensor) * c.hidden_size * width
     backward = batch.tokens * (3 * c.intermediate_size + 2 * c.hidden_size) * width  # what flows back through an MLP
     last = norm_bytes(batch.tokens, c.hidden_size, batch) + 2 * batch.tokens * c.hidden_size * width
     if scheme.activation_checkpointing == "none":
@@ -62,7 +63,7 @@ def activations(model: Llama, scheme: Scheme, batch: Batch, layers: list[tuple[i
 def of_layers(model: Llama, tensor_ranks: int, batch: Batch) -> list[tuple[int, int]]:
     """For each layer that a gradient reaches: bytes that autograd keeps, and bytes of the outputs of its matrix
     products and attention. Layers in which the same is trained are counted once."""
-    norm_rows = largest_part(batch.tokens, tensor_ranks)  # the stream between layers is split over tensor ranks
+    norm_rows = largest_share(batch.tokens, tensor_ranks)  # the stream between layers is split over tensor ranks
     counted: dict[tuple[bool, ...], tuple[int, int]] = {}
     found = []
     for layer in model.layers[lowest_trained_layer(model) :]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from llama.model import Llama
 from llama.model.loss import CHUNK, CHUNK_FROZEN
 from llama.model.quantize import QuantizedLinear
-from llama.parallel.scheme import Scheme, largest_part
+from llama.parallel.scheme import Scheme
+from llama.parallel.shards import largest_share
 from llama.parallel.traffic import gathered_bytes, units_of
 from llama.training.activations import Activations, Batch, of_layers
 from llama.training.optim import build_adamw
@@ -44,7 +45,7 @@ def slice_bytes(tensor: Tensor, ranks: int) -> int:
     """Bytes of the first rank's rows; FSDP gives it the most of them."""
     if tensor.ndim == 0:
         return tensor.itemsize
-    return size([tensor]) // tensor.shape[0] * largest_part(tensor.shape[0], ranks)
+    return size([tensor]) // tensor.shape[0] * largest_share(tensor.shape[0], ranks)
 
 
 class Shapes:

@@ -67,7 +67,7 @@ def restore(saved: Path, manifest: Manifest, model: nn.Module, optimizer: Optimi
     verify(saved, manifest)
     load_checkpoint(saved, training_state(model, optimizer))
     if isinstance(optimizer, ZeRO1):
-        optimizer.gather_rows()
+        optimizer.gather_updated_rows()
         optimizer = optimizer.inner
     set_optimizer_step(optimizer, manifest.step)
 

@@ -90,7 +90,7 @@ def rows_are_views(trained: str) -> bool:
             rows.to_local().fill_(process.rank)
             ours = local_slice(parameter)[0]
             assert (ours == process.rank).any()
-        optimizer.gather_rows()
+        optimizer.gather_updated_rows()
     return all(set(local_slice(p)[0].unique().tolist()) == set(range(process.world_size)) for p in model.parameters())
 
 
