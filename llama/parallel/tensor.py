@@ -143,6 +143,15 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+def dimension_of_cut(name: str) -> int | None:
+    """In which dimension the parameter of that name is cut."""
+    for rule in RULES:
+        _, found, key = name.partition(f"{rule.module}.")
+        if found and rule.dim is not WHOLE:
+            return PARAMETERS[key][rule.dim]
+    return WHOLE
+
+
 def cut(model: Llama, process: Process) -> None:
     """Leave to this rank its part of a model on the meta device, in place. A tensor group of one rank has all of it.
 

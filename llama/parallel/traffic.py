@@ -23,6 +23,7 @@ from torch import nn
 from llama.model import Llama
 from llama.parallel.scheme import Scheme
 from llama.parallel.shards import largest_share
+from llama.parallel.tensor import WHOLE, dimension_of_cut
 
 ONE_NUMBER = 8  # bytes of an fp64 sum
 
@@ -72,9 +73,13 @@ def gathered_bytes(unit: Sequence[torch.Tensor], ranks: int, dtype: torch.dtype)
 def messages(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype, rows: int | None = None) -> list[Message]:
     """All that a rank sends in one step. `model`: the shapes of the fullest tensor rank, its frozen parts frozen.
     `tokens`: of a micro-batch. `rows`: how many of them have a label; None: all."""
-    found = [*_of_weights(model, scheme, dtype), *_of_sums(model, scheme)]
+    found = [*_of_weights(model, scheme, dtype)]
+    found.append(Message("all_reduce", "world", scheme.world_size, ONE_NUMBER, 2, "loss and gradient norm"))
+    if scheme.sharding == "zero1":
+        found += _of_updated_weights(model, scheme)
     if scheme.mesh.tensor > 1:
         found += _of_stream(model, scheme, tokens, dtype)
+        found.append(_of_whole_parameters(model, scheme))
         each = 3 * 4 * (tokens if rows is None else rows)  # the largest logit, the sum of exponentials, the target's
         found.append(Message("all_reduce", "tensor", scheme.mesh.tensor, each, scheme.micro_batches, "loss"))
     return [message for message in found if message.ranks > 1 and message.moved]
@@ -94,9 +99,8 @@ def _of_weights(model: Llama, scheme: Scheme, dtype: torch.dtype) -> Iterator[Me
         reduced = 4 * sum(padded(p, shard) for p in trained)
         times = 1 if scheme.defer_gradient_sync else scheme.micro_batches
         yield Message("reduce_scatter", "shard", shard, reduced, times, f"gradients: {what}")
-        # Between replicas, each rank's share of the sum; only after the last micro-batch.
+        # Between replicas, each rank's slice of the sum; only after the last micro-batch.
         yield Message("all_reduce", "replicate", replicate, reduced / shard, 1, f"gradients: {what}")
-
 
 
 
@@ -109,30 +113,21 @@ def lowest_trained_layer(model: Llama) -> int:
     return min(trained, default=len(model.layers))
 
 
-def _of_sums(model: Llama, scheme: Scheme) -> Iterator[Message]:
-    """Numbers: the loss and the gradient's norm; with tensor parallelism, gradients of what is whole on every rank."""
-    yield Message("all_reduce", "world", scheme.world_size, ONE_NUMBER, 2, "loss and gradient norm")
-    if scheme.sharding == "zero1":
-        for i, unit in enumerate(units_of(model)):
-            what = "layers" if i else "embedding and head"
-            ranks = scheme.mesh.replicate
-            updated = 4 * sum(padded(p, ranks) for p in unit if p.requires_grad)
-            yield Message("all_gather", "replicate", ranks, updated, 1, f"updated weights: {what}")
-    shared = [p for name, p in model.named_parameters() if p.requires_grad and is_whole(name)]
-    held = 4 * sum(padded(p, scheme.mesh.shard) for p in shared) / scheme.mesh.shard
-    yield Message("all_reduce", "tensor", scheme.mesh.tensor, held, 1, "gradients of what every tensor rank has whole")
+def _of_updated_weights(model: Llama, scheme: Scheme) -> Iterator[Message]:
+    """ZeRO-1's: each rank sends the rows that it has updated."""
+    ranks = scheme.mesh.replicate
+    for i, unit in enumerate(units_of(model)):
+        what = "layers" if i else "embedding and head"
+        updated = 4 * sum(padded(p, ranks) for p in unit if p.requires_grad)
+        yield Message("all_gather", "replicate", ranks, updated, 1, f"updated weights: {what}")
 
 
-def is_whole(name: str) -> bool:
-    """Whether tensor parallelism leaves this parameter whole: norms, row linears' biases, the outer half of LoRA."""
-    by_rows = any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
-    if "norm" in name:
-        return True
-    if "lora_A" in name:
-        return by_rows
-    if "lora_B" in name or "magnitude" in name or name.endswith("bias"):
-        return not by_rows
-    return False
+def _of_whole_parameters(model: Llama, scheme: Scheme) -> Message:
+    """Tensor parallelism's: gradients of the parameters that it does not cut (`sum_over_tensor_ranks`)."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    whole = [p for name, p in trained.items() if dimension_of_cut(name) is WHOLE]
+    held = 4 * sum(padded(p, scheme.mesh.shard) for p in whole) / scheme.mesh.shard
+    return Message("all_reduce", "tensor", scheme.mesh.tensor, held, 1, "gradients of what every tensor rank has whole")
 
 
 def _of_stream(model: Llama, scheme: Scheme, tokens: int, dtype: torch.dtype) -> Iterator[Message]:

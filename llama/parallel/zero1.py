@@ -6,7 +6,9 @@ AdamW keeps two moments for each weight, twice as many numbers as the model has.
     update       rank r updates the r-th of R blocks of rows of every weight, and has the moments of these rows only
     weights      the updated rows are gathered from all ranks, one layer at a time
 
-Each rank sends as much as without: an all-reduce of gradients is a reduce-scatter and an all-gather of the same size.
+A rank sends half as much again as without: the all-reduce of gradients (twice their size) is followed by an all-gather
+of the weights (once). In the paper a rank gets only its own rows of the summed gradients, so it sends no more than
+without. Here FSDP leaves the gradients whole.
 Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
 """
 

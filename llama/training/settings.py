@@ -88,7 +88,8 @@ class HowToTrain(Settings):
     )
     batch_size: int | None = setting(
         None,
-        f"examples per rank and micro-batch; 16, for tiny as many as give {TINY_EXAMPLES_PER_STEP} a step",
+        "examples per micro-batch of a rank, or of the ranks that compute a layer together; 16, for tiny as many as "
+        f"give {TINY_EXAMPLES_PER_STEP} a step",
         at_least=1,
     )
     batch_tokens: int = setting(
@@ -131,9 +132,9 @@ class WhereToTrain(Settings):
     )
     sharding: str | None = setting(
         None,
-        "what each rank keeps only a slice of. full: weights, which are gathered twice a step, gradients and optimizer "
-        "state; grad: the same, gathered once; zero1: optimizer state; none: nothing; hybrid: as full inside a node, "
-        f"each node has a copy; full, for tiny {TINY_RECIPE['sharding']}",
+        "what each rank keeps only a slice of. full: weights, gradients and optimizer state, and weights are gathered "
+        "twice a micro-batch; grad: the same, and they are gathered once; hybrid: as full inside a node, and each node "
+        f"has a copy; zero1: optimizer state; none: nothing; full, for tiny {TINY_RECIPE['sharding']}",
         choices=SHARDINGS,
     )
     tensor_parallel: int = setting(
