@@ -149,9 +149,9 @@ def build(settings: FilledSettings, task: Task, process: Process, plan: Plan) ->
     task.changes.apply(model)  # quantised linears, adapters, frozen parts
     recompute, offload = settings.activation_checkpointing, settings.cpu_offload
     distribute(model, process, plan.dtype, settings.sharding, recompute, settings.compile, offload)
+    adamw = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
     task.base.load(model, settings.seed)  # each rank reads its own slices
     task.changes.load(model, settings.seed)
-    adamw = build_adamw(model, settings.learning_rate, settings.weight_decay, settings.beta2, settings.optimizer)
     optimizer = ZeRO1(adamw, model, process) if settings.sharding == "zero1" else adamw
     if plan.saved and plan.manifest:
         restore(plan.saved, plan.manifest, model, optimizer)

@@ -133,7 +133,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """The tensors of a parameter's two moments, by name; zeros before its first step."""
         state = self.state[parameter]
         if not state:
-            small = parameter.ndim != 2 or math.prod(whole_shape(parameter)) < SMALL
+            small = _is_small(parameter)
             for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
                 if small:
                     state[name] = cut_as(torch.zeros_like(parameter, requires_grad=False), parameter)
@@ -190,11 +190,18 @@ def refuse_cut_blocks(model: nn.Module) -> None:
     problems = []
     for name, parameter in model.named_parameters():
         cut = tensor_cut(parameter)
-        if parameter.requires_grad and cut and cut.dim == 1 and cut.start % NUMBERS_PER_SCALE:
-            problems.append(f"{name} is cut at column {cut.start}, expected a multiple of {NUMBERS_PER_SCALE}")
+        has_blocks = parameter.requires_grad and not _is_small(parameter)
+        if has_blocks and cut and cut.dim == 1 and cut.start % NUMBERS_PER_SCALE:
+            where = f"--tensor_parallel {cut.ranks} cuts {name} at column {cut.start}"
+            problems.append(f"{where}, expected a multiple of {NUMBERS_PER_SCALE}")
     found = [problem for of_rank in gather(problems) for problem in of_rank]
     if found:
         raise UserError(f"--optimizer adamw8bit: {found[0]}, because so many numbers share a scale; use adamw")
+
+
+def _is_small(parameter: Tensor) -> bool:
+    """Whether its moments are not rounded."""
+    return parameter.ndim != 2 or math.prod(whole_shape(parameter)) < SMALL
 
 
 def _blocks(columns: int) -> int:

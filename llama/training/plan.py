@@ -120,9 +120,10 @@ def make_plan(
     )
     if schedule.units < schedule.units_per_step:
         packs = f" in {schedule.units} packs of --batch_tokens {settings.batch_tokens}" if settings.batch_tokens else ""
+        smaller = "--batch_tokens" if settings.batch_tokens else "--batch_size"
         raise UserError(
             f"--data {settings.data}: {len(examples)} examples{packs}, fewer than one global batch of "
-            f"{schedule.units_per_step}"
+            f"{schedule.units_per_step}; lower {smaller} or --gradient_accumulation_steps, or use fewer processes"
         )
     steps = min(schedule.steps, settings.max_steps) if settings.max_steps else schedule.steps
     dtype = compute_dtype(settings.dtype, process.device)

@@ -149,4 +149,15 @@ def test_8_bit_moments_whose_block_would_be_cut_are_refused_by_name_on_every_ran
     config = replace(BLOCKS, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4)
     messages = ranks(4, refused_optimizer, config, 4)
     assert len(set(messages)) == 1
-    assert messages[0].startswith("--optimizer adamw8bit: layers.0.mlp.down_proj.weight is cut at column 192, expected")
+    assert messages[0].startswith("--optimizer adamw8bit: --tensor_parallel 4 cuts layers.0.mlp.down_proj.weight at "
+                                  "column 192, expected a multiple of 256")
+
+
+def accepted_optimizer(config: ModelConfig, tensor_ranks: int) -> int:
+    model = build_shared(config, tensor_ranks, torch.float32, Changes(adapter=Adapter(4, 8.0)).apply)
+    return len(build_adamw(model, 1e-3, 0.1, kind="adamw8bit").param_groups)
+
+
+def test_matrices_too_small_for_8_bit_moments_may_be_cut_anywhere(ranks):
+    """C40. Here each half of an adapter has fewer than 4,096 numbers, and no blocks."""
+    assert ranks(2, accepted_optimizer, CONFIGS["tied"], 2) == [2, 2]
