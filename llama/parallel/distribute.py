@@ -69,15 +69,15 @@ def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, sharding: str, cpu
     and gathered again (ZeRO-3), or with "grad" stay until the backward (ZeRO-2): more memory, fewer messages. Where
     "shard" is 1 (zero1, none), a slice is the whole weight. Zhao et al. 2023, https://arxiv.org/abs/2304.11277
     """
-    replicate, slices, _ = mesh.shape
+    replicate_ranks, shard_ranks, _ = mesh.shape
     how: dict = {
-        "mesh": mesh["shard"] if replicate == 1 else mesh["replicate", "shard"],
+        "mesh": mesh["shard"] if replicate_ranks == 1 else mesh["replicate", "shard"],
         "reshard_after_forward": sharding != "grad",
         # Gradients are summed over ranks in fp32: the sum of many bf16 numbers would lose the small ones.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
     }
-    if slices == 1 and not cpu_offload:
+    if shard_ranks == 1 and not cpu_offload:
         # Whole frozen weights are in `dtype` already and have no gradients: FSDP would only copy them twice a step.
         how["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for layer in model.layers:

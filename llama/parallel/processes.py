@@ -97,12 +97,8 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
         if launched.ignored:
-            names, expected = ", ".join(launched.ignored), ", ".join(TORCHRUN)
-            print(
-                f"{names}: ignored, so this is one process alone; torchrun sets {expected} together, and to numbers "
-                "that fit",
-                file=sys.stderr,
-            )
+            expected = f"torchrun sets {', '.join(TORCHRUN)} together, and to numbers that fit"
+            print(f"{', '.join(launched.ignored)}: ignored, so this is one process alone; {expected}", file=sys.stderr)
     prepare_connections(world_size)
     own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

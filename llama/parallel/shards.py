@@ -132,8 +132,7 @@ class Part:
 
 
 def _among_holders(tensor: Tensor) -> tuple[int, int]:
-    """This rank's number among the ranks that hold the same slice, in the order of their ranks, and how many these are.
-    """
+    """This rank's number among the ranks that hold the same slice, in the order of ranks, and how many these are."""
     cut = tensor_cut(tensor)
     number, holders = 0, 1
     if isinstance(tensor, DTensor):
@@ -184,12 +183,7 @@ def sum_of_squares_over_ranks(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def draw(
-    parameter: Tensor,
-    name: str,
-    seed: int,
-    fill: Callable[[Tensor, torch.Generator], object],
-) -> None:
+def draw(parameter: Tensor, name: str, seed: int, fill: Callable[[Tensor, torch.Generator], object]) -> None:
     """Fill this rank's slice with random numbers that do not depend on the number of ranks.
 
     Every rank lets `fill` write the whole tensor in fp32, from a generator seeded by `seed` and `name`, and keeps its

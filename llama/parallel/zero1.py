@@ -53,12 +53,7 @@ class ZeRO1:
         count = largest_share(len(held), self.mesh.size())
         first = self.mesh.get_local_rank() * count
         rows = DTensor.from_local(
-            held[first : first + count],
-            self.mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=held.shape,
-            stride=held.stride(),
+            held[first : first + count], self.mesh, [Shard(0)], run_check=False, shape=held.shape, stride=held.stride()
         )
         cut_as(rows, tensor)
         return rows

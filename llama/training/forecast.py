@@ -84,9 +84,7 @@ def operations(model: Llama, scheme: Scheme, batch: Batch, document: int) -> flo
     return total * batch.tokens
 
 
-def seconds_of_step(
-    shapes: Shapes, scheme: Scheme, messages: list[Message], rates: Rates, document: int
-) -> float:
+def seconds_of_step(shapes: Shapes, scheme: Scheme, messages: list[Message], rates: Rates, document: int) -> float:
     """Of one optimizer step on the fullest rank."""
     model, batch = shapes.model, shapes.batch
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -88,8 +88,7 @@ class HowToTrain(Settings):
     )
     batch_size: int | None = setting(
         None,
-        "examples per micro-batch of a rank, or of the ranks that compute a layer together; 16, for tiny as many as "
-        f"give {TINY_EXAMPLES_PER_STEP} a step",
+        f"examples of a rank (or tensor group) at a time; 16, for tiny as many as give {TINY_EXAMPLES_PER_STEP} a step",
         at_least=1,
     )
     batch_tokens: int = setting(
