@@ -164,4 +164,4 @@ def test_compiled_layers_of_a_tensor_group_that_compute_again_get_the_same_gradi
     found = ranks(4, gradients_in_a_tensor_group, "selective", compile=True, timeout=900)[0]
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
