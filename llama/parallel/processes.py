@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llama.boundary.errors import UserError
+from llama.boundary.errors import UserError, one_line
 from llama.boundary.launch import TORCHRUN, Launch, launch
 from llama.parallel.collectives import fail_together, gather
 from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
+PATIENCE = 60.0  # seconds until rank 0 says that it waits
 CONNECTED_AT_ONCE = 128  # more ranks than these are connected one by one
 GROUPS = 8  # process groups of a run, at most; in each of them a process has an open file for each other process
 OTHER_FILES = 1024  # that a process opens
@@ -93,14 +94,16 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
     launched = launch()
     device = _own_device(launched)
     if launched.by_torchrun:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        with _store_that_may_go():
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
         if launched.ignored:
             expected = f"torchrun sets {', '.join(TORCHRUN)} together, and to numbers that fit"
             print(f"{', '.join(launched.ignored)}: ignored, so this is one process alone; {expected}", file=sys.stderr)
     prepare_connections(world_size)
-    own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
+    with _store_that_may_go():
+        own_keys = dist.PrefixStore(name_of_attempt(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=TIMEOUT)
     leave = True
@@ -119,6 +122,18 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
             # gloo's threads may still hold tensors of the last collective, and a process that ends at this moment is
             # aborted ("terminate called without an active exception"): 5 of 8 short runs on 4 ranks, none with this.
             time.sleep(0.2)
+
+
+@contextmanager
+def _store_that_may_go() -> Iterator[None]:
+    """torchrun keeps its store on the first node. When the run ends there before all have joined, the store is gone."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise UserError(
+            f"not all processes have joined, and the first node does not answer: {one_line(error)}; see what the first "
+            "node prints, and whether it can be reached"
+        ) from error
 
 
 def _mesh(device: torch.device, shape: MeshShape) -> DeviceMesh:
@@ -162,14 +177,24 @@ def name_of_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         store.add(f"{name}/heard", 1)
         return name
     answered: set[int] = set()
-    give_up = time.monotonic() + TIMEOUT.total_seconds()
+    began = time.monotonic()
+    has_told = False
     while (heard := store.add(f"{name}/heard", 0)) < world_size - 1:
         for number in set(range(1, store.add("asked", 0) + 1)) - answered:
             if store.check([f"asked/{number}"]):
                 store.set(f"answer/{store.get(f'asked/{number}').decode()}", name)
                 answered.add(number)
-        if time.monotonic() > give_up:
+        waited = time.monotonic() - began
+        if waited > TIMEOUT.total_seconds():
             raise UserError(f"only {heard + 1} of {world_size} processes have joined after {TIMEOUT}")
+        if waited > PATIENCE and not has_told:
+            has_told = True
+            print(
+                f"{heard + 1} of {world_size} processes have joined; the others may still be reading, or have failed: "
+                "see what their nodes print",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(0.01)
     return name
 

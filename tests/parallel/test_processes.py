@@ -3,6 +3,7 @@
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -61,6 +62,27 @@ def test_an_attempt_has_one_name_whatever_dead_ones_left_in_the_store():
         assert len(set(names)) == 1 and not store.check([f"{names[0]}/seen"])
         store.set(f"{names[0]}/seen", "")
     assert name_of_attempt(store, 0, 1) != names[0]
+
+
+def test_rank_0_says_once_that_it_waits_for_the_others(monkeypatch, capsys):
+    """R9: they may have failed where nobody looks."""
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    monkeypatch.setattr(processes, "TIMEOUT", timedelta(seconds=0.05))
+    with pytest.raises(UserError, match="only 1 of 2 processes have joined after 0:00:00.05"):
+        name_of_attempt(dist.HashStore(), 0, 2)
+    assert capsys.readouterr().err == ("1 of 2 processes have joined; the others may still be reading, or have failed: "
+                                       "see what their nodes print\n")
+
+
+def test_a_first_node_that_has_ended_already_is_one_line_on_the_others(left, monkeypatch):
+    """R9, C43: torchrun's store ends with it."""
+    def gone(*_):
+        raise dist.DistNetworkError("Failed to recv\ngot 0 bytes")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processes, "name_of_attempt", gone)
+    with pytest.raises(UserError, match="the first node does not answer: Failed to recv got 0 bytes; see what"), join():
+        pass
 
 
 @pytest.mark.parametrize(
