@@ -44,7 +44,8 @@ from llama.storage.checkpoint import Saver
 from llama.storage.peft import save_adapter
 from llama.storage.pretrained import export_model
 from llama.training.optim import build_adamw, clip_gradients, gradient_norm, learning_rate
-from llama.training.plan import COUNTS, Plan, make_plan, refuse_what_cannot_fit
+from llama.training.plan import COUNTS, Plan, make_plan
+from llama.training.planner import refuse_what_cannot_fit
 from llama.training.report import Report
 from llama.training.state import Optimizer, restore, save_state
 from llama.training.stopping import STOPPED, StopRequests

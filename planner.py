@@ -26,7 +26,7 @@ from llama.storage.named_shapes import shape_of
 from llama.storage.peft import Adapter
 from llama.training.activations import Batch
 from llama.training.forecast import Rates
-from llama.training.planning import Job, Planner, Row, schemes
+from llama.training.planner import Job, Planner, Row, schemes
 from lora import Changes
 
 HEADER = ("fits", "sharding", "tensor", "checkpointing", "states", "activations", "total GB", "sent GB", "step s",

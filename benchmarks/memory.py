@@ -30,8 +30,8 @@ from llama.parallel.shards import local_slice
 from llama.storage.base import Base
 from llama.training.forecast import Rates
 from llama.training.memory import size
+from llama.training.planner import Planner
 from llama.training.planner_settings import PlannerSettings
-from llama.training.planning import Planner
 from llama.training.settings import TrainingSettings
 from llama.training.state import training_state
 from lora import Changes

@@ -13,7 +13,7 @@ import planner
 from llama.boundary.command_line import parse
 from llama.boundary.errors import UserError
 from llama.storage.named_shapes import NAMED_SHAPES
-from llama.training.plan import refuse_what_cannot_fit
+from llama.training.planner import refuse_what_cannot_fit
 from llama.training.planner_settings import PlannerSettings
 from llama.training.settings import TrainingSettings
 from lora import Changes

@@ -4,7 +4,6 @@ Each rank has read the settings and encoded the data on its own. If the results 
 with a UserError. Otherwise one rank might later take a step that another does not, and would wait forever.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,11 @@ import torch
 
 from llama.boundary.durable import locked
 from llama.boundary.errors import UserError
-from llama.boundary.launch import launch
 from llama.data.batches import Schedule
 from llama.data.examples import EncodedData
-from llama.model import Llama, ModelConfig
 from llama.parallel.collectives import from_rank_zero, gather
-from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, compute_dtype
-from llama.parallel.scheme import Scheme
 from llama.storage.manifest import Manifest, compare, find, read_manifest
-from llama.training.activations import Batch
-from llama.training.forecast import Rates
-from llama.training.memory import states
-from llama.training.planner_settings import PlannerSettings
-from llama.training.planning import Job, Planner, schemes
 from llama.training.run_folder import choose_folder
 from llama.training.settings import FilledSettings
 
@@ -56,43 +46,6 @@ class Plan:
         """Whether all steps, the export and the summary are done. Rank 0 looks, for all ranks; collective."""
         paths = (result, self.output / "summary.json")
         return from_rank_zero(lambda: self.first_step == self.steps and all(path.exists() for path in paths))
-
-
-def refuse_what_cannot_fit(
-    settings: FilledSettings,
-    config: ModelConfig,
-    change: Callable[[Llama], object],
-    process: Process,
-    memory: int | None = None,
-) -> None:
-    """Raises UserError where a rank's states alone take more than its GPU's memory. They are certain: its slices of
-    weights, gradients and moments, counted on the meta device. Activations depend on the data and are not counted.
-
-    `memory`: bytes of the GPU; None: as CUDA says. On a CPU, and with --cpu_offload, nothing is refused.
-    """
-    if memory is None and process.device.type == "cuda" and not settings.cpu_offload:
-        memory = torch.cuda.mem_get_info(process.device)[1]
-    if memory is None:
-        return
-    gpus, own_node = process.world_size, launch().local_world_size
-    dtype = compute_dtype(settings.dtype, process.device)
-    tokens = settings.batch_tokens or settings.batch_size * settings.max_length
-    step_tokens = tokens * process.data_ranks * settings.gradient_accumulation_steps
-    job = Job(config, change, settings.optimizer, Batch(tokens, dtype), step_tokens, settings.max_length)
-    hardware = PlannerSettings(model=settings.model, gpus=own_node, node_gpus=own_node)
-    planner = Planner(job, Rates.of(hardware))
-    mesh = mesh_shape(settings.sharding, settings.tensor_parallel, gpus, own_node)
-    held = states(planner.shapes(mesh.tensor), Scheme(settings.sharding, mesh))
-    if held.total <= memory:
-        return
-    rows = planner.rows(schemes(gpus, own_node))
-    expected = next((row.flags for row in rows if row.peak <= memory * (1 - hardware.reserve)), None)
-    way_out = f"expected {expected}" if expected else "no other sharding fits; python planner.py shows what would"
-    raise UserError(
-        f"--model {settings.model}: on each rank weights ({held.weights / 1e9:.1f} GB), gradients "
-        f"({held.gradients / 1e9:.1f}) and moments ({held.moments / 1e9:.1f}) alone take {held.total / 1e9:.1f} GB, "
-        f"and this GPU has {memory / 1e9:.1f}; {way_out}"
-    )
 
 
 def make_plan(

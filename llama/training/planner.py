@@ -4,18 +4,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import torch
+
 from llama.boundary.choices import SHARDINGS
 from llama.boundary.errors import UserError
+from llama.boundary.launch import launch
 from llama.model import Llama, ModelConfig
 from llama.parallel.distribute import keep_frozen_in, on_meta
 from llama.parallel.mesh import mesh_shape
+from llama.parallel.processes import Process, compute_dtype
 from llama.parallel.scheme import Scheme, fullest_tensor_rank
 from llama.parallel.tensor import unit_counts
 from llama.parallel.traffic import messages
 from llama.training.activations import Batch, activations
 from llama.training.forecast import Rates, seconds_of_step
 from llama.training.memory import Shapes, States, peak, states
-from llama.training.planner_settings import CHECKPOINTINGS
+from llama.training.planner_settings import CHECKPOINTINGS, PlannerSettings
+from llama.training.settings import FilledSettings
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,40 @@ def schemes(gpus: int, node_gpus: int) -> Iterator[Scheme]:
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def refuse_what_cannot_fit(
+    settings: FilledSettings,
+    config: ModelConfig,
+    change: Callable[[Llama], object],
+    process: Process,
+    memory: int | None = None,
+) -> None:
+    """Raises UserError where a rank's states alone take more than its GPU's memory. They are certain: its slices of
+    weights, gradients and moments, counted on the meta device. Activations depend on the data and are not counted.
+
+    `memory`: bytes of the GPU; None: as CUDA says. On a CPU, and with --cpu_offload, nothing is refused.
+    """
+    if memory is None and process.device.type == "cuda" and not settings.cpu_offload:
+        memory = torch.cuda.mem_get_info(process.device)[1]
+    if memory is None:
+        return
+    gpus, own_node = process.world_size, launch().local_world_size
+    dtype = compute_dtype(settings.dtype, process.device)
+    tokens = settings.batch_tokens or settings.batch_size * settings.max_length
+    step_tokens = tokens * process.data_ranks * settings.gradient_accumulation_steps
+    job = Job(config, change, settings.optimizer, Batch(tokens, dtype), step_tokens, settings.max_length)
+    hardware = PlannerSettings(model=settings.model, gpus=own_node, node_gpus=own_node)
+    planner = Planner(job, Rates.of(hardware))
+    mesh = mesh_shape(settings.sharding, settings.tensor_parallel, gpus, own_node)
+    held = states(planner.shapes(mesh.tensor), Scheme(settings.sharding, mesh))
+    if held.total <= memory:
+        return
+    rows = planner.rows(schemes(gpus, own_node))
+    expected = next((row.flags for row in rows if row.peak <= memory * (1 - hardware.reserve)), None)
+    way_out = f"expected {expected}" if expected else "no other sharding fits; python planner.py shows what would"
+    raise UserError(
+        f"--model {settings.model}: on each rank weights ({held.weights / 1e9:.1f} GB), gradients "
+        f"({held.gradients / 1e9:.1f}) and moments ({held.moments / 1e9:.1f}) alone take {held.total / 1e9:.1f} GB, "
+        f"and this GPU has {memory / 1e9:.1f}; {way_out}"
+    )
