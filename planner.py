@@ -86,9 +86,9 @@ def heading(settings: PlannerSettings) -> str:
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     return (
         f"{settings.model}: {weights / 1e9:,.2f} billion numbers, {trained / 1e9:,.3f} trained; {settings.gpus} GPUs "
-        f"of {settings.gpu_memory:g} GB\nA step of {job.step_tokens:,} tokens in micro-batches of {settings.tokens:,}; "
-        "memory in GB, of the fullest\nGPU; total: its fullest moment, "
-        "with weights gathered from other GPUs and logits. BEST: the fastest\nthat fits.\n"
+        f"of {settings.gpu_memory:g} GB\nA step of {job.step_tokens:,} tokens in micro-batches of {settings.tokens:,}. "
+        "GB are those of the fullest GPU;\ntotal: at the fullest point of a step, with weights gathered "
+        "from other GPUs and logits.\nBEST: the fastest that fits.\n"
     )
 
 

@@ -1,7 +1,7 @@
 """Bytes on the fullest rank, counted on the meta device: no weights and no process group are needed.
 
 States are counted to the byte: the rank's slices of weights, gradients and the optimizer's moments. What else a step
-needs comes and goes; `peak` adds it up at each moment of a step that can be the fullest one.
+needs comes and goes; `peak` adds it up at each point of a step where it can be most. (A moment here is AdamW's.)
 """
 
 from collections.abc import Iterable
@@ -73,8 +73,8 @@ def states(shapes: Shapes, scheme: Scheme) -> States:
     )
 
 
-def peak(shapes: Shapes, scheme: Scheme, held: States, kept: Activations) -> float:
-    """Bytes at the fullest moment of a step: the largest of four.
+def peak(shapes: Shapes, scheme: Scheme, held: States, activations: Activations) -> float:
+    """Bytes at the fullest point of a step: the largest of four sums.
 
     1. the end of the forward: all activations, and the loss
     2. the backward of the last layer: all activations are still there
@@ -92,14 +92,15 @@ def peak(shapes: Shapes, scheme: Scheme, held: States, kept: Activations) -> flo
     earlier = max(held.gradients, waiting) if scheme.micro_batches > 1 else 0
     head = model.lm_head.weight
     of_head = head.numel() * batch.dtype.itemsize if head.requires_grad else 0
-    inside = max(unreduced[1:]) + kept.inside + _unpacked(model, batch.dtype)
-    moments = (
-        gathered + earlier + kept.kept + kept.last + _loss(model, batch),
-        gathered + earlier + kept.kept + kept.last + of_head + inside,
+    inside = max(unreduced[1:]) + activations.inside + _unpacked(model, batch.dtype)
+    all_activations = activations.kept + activations.last
+    points = (
+        gathered + earlier + all_activations + _loss(model, batch),
+        gathered + earlier + all_activations + of_head + inside,
         gathered + max(earlier, held.gradients - held.root_gradients + waiting) + of_head + inside,
         whole_root + held.gradients + waiting + unreduced[0],
     )
-    return held.weights + held.moments + max(moments)
+    return held.weights + held.moments + max(points)
 
 
 def _gathered(model: Llama, scheme: Scheme, dtype: torch.dtype) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from llama.parallel.distribute import keep_frozen_in, on_meta
 from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import Process, compute_dtype
 from llama.parallel.scheme import Scheme, fullest_tensor_rank
+from llama.parallel.shards import largest_share
 from llama.parallel.tensor import unit_counts
 from llama.parallel.traffic import messages
 from llama.training.activations import Batch, activations
@@ -38,12 +39,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme, on the fullest rank."""
+    """What one scheme holds, sends and takes, on the fullest rank."""
 
     scheme: Scheme
     held: States
     activations: float  # bytes that the backward needs
-    peak: float  # bytes at the fullest moment of a step: states, activations, gathered weights, logits
+    peak: float  # bytes at the fullest point of a step: states, activations, gathered weights, logits
     sent: float  # bytes in one step
     seconds: float  # of one step
     tokens_per_second: float  # on all GPUs
@@ -107,17 +108,17 @@ class Planner:
         job = self.job
         batch = job.batch
         shapes = self.shapes(scheme.mesh.tensor)
-        micro_batches = max(1, -(-job.step_tokens // (batch.tokens * scheme.mesh.data_ranks)))
+        micro_batches = largest_share(job.step_tokens, batch.tokens * scheme.mesh.data_ranks)
         scheme = replace(scheme, micro_batches=micro_batches, defer_gradient_sync=job.defer_gradient_sync)
         held = states(shapes, scheme)
-        kept = activations(shapes.model, scheme, batch, shapes.layers)
+        needed = activations(shapes.model, scheme, batch, shapes.layers)
         sent = messages(shapes.model, scheme, batch.tokens, batch.dtype)
         seconds = seconds_of_step(shapes, scheme, sent, self.rates, job.document)
         return Row(
             scheme,
             held,
-            kept.kept + kept.inside,
-            peak(shapes, scheme, held, kept),
+            needed.kept + needed.inside,
+            peak(shapes, scheme, held, needed),
             sum(message.sent for message in sent),
             seconds,
             micro_batches * scheme.mesh.data_ranks * batch.tokens / seconds,
