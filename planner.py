@@ -88,7 +88,7 @@ def heading(settings: PlannerSettings) -> str:
         f"{settings.model}: {weights / 1e9:,.2f} billion numbers, {trained / 1e9:,.3f} trained; {settings.gpus} GPUs "
         f"of {settings.gpu_memory:g} GB\nA step of {job.step_tokens:,} tokens in micro-batches of {settings.tokens:,}. "
         "GB are those of the fullest GPU;\ntotal: at the fullest point of a step, with weights gathered "
-        "from other GPUs and logits.\nBEST: the fastest that fits.\n"
+        "from other GPUs and logits;\nthe fastest that fits is the BEST.\n"
     )
 
 
@@ -154,8 +154,11 @@ def ways_out(settings: PlannerSettings) -> Iterator[tuple[str, PlannerSettings]]
 
 
 def command(settings: PlannerSettings, best: Row) -> str:
-    """What to type. The model's name is a folder of weights only where the plan was made from one."""
-    words = [f"torchrun --nproc_per_node {settings.own_node} fsdp_train.py --model {settings.model}"]
+    """What to type, on each node: R is its number from 0, HOST the first one's name. The model's name is a folder of
+    weights only where the planner was given one."""
+    nodes = settings.gpus // settings.own_node
+    of_nodes = f"--nnodes {nodes} --node_rank R --master_addr HOST " if nodes > 1 else ""
+    words = [f"torchrun {of_nodes}--nproc_per_node {settings.own_node} fsdp_train.py --model {settings.model}"]
     for name in ("lora_rank", "lora_targets", "lora_dropout", "lora_variant", "quantize", "train_layers", "optimizer"):
         value = getattr(settings, name)
         if value != getattr(PlannerSettings, name):

@@ -31,7 +31,7 @@ import fsdp_train
 from llama.data.batches import deal, pack
 from llama.model import ModelConfig
 from llama.parallel.distribute import keep_frozen_in, on_meta
-from llama.parallel.mesh import DIMENSIONS, mesh_shape
+from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 from llama.parallel.processes import Process, join
 from llama.parallel.scheme import Scheme, fullest_tensor_rank
 from llama.parallel.shards import local_slice
@@ -159,12 +159,11 @@ def job_of(given: dict, process: Process, micro_batches: int) -> tuple[SimpleNam
 
 def formula(given: dict, process: Process, changes: Changes, micro_batches: int) -> list[Message]:
     dtype = getattr(torch, given["dtype"])
-    mesh = mesh_shape(given["sharding"], process.tensor_ranks, process.world_size, given.get("node_ranks", 4))
     model = on_meta(fullest_tensor_rank(SHAPE, process.tensor_ranks))
     changes.apply(model)
     keep_frozen_in(dtype, model)
-    scheme = Scheme(given["sharding"], mesh, given.get("activation_checkpointing", "none"), micro_batches,
-                    given.get("defer_gradient_sync", False))
+    scheme = Scheme(given["sharding"], MeshShape(*process.mesh.shape), given.get("activation_checkpointing", "none"),
+                    micro_batches, given.get("defer_gradient_sync", False))
     batch = pack(Data(EXAMPLES), range(EXAMPLES))
     return messages(model, scheme, len(batch.tokens), dtype, len(batch.rows))
 
@@ -195,7 +194,6 @@ def measure(given: dict, steps: int) -> dict:
     members = {name: tuple(dist.get_process_group_ranks(process.mesh.get_group(name))) for name in DIMENSIONS}
     members["world"] = tuple(range(process.world_size))
     expected = Counter()
-    given["node_ranks"] = dist.get_world_size() // nodes
     for message in formula(given, process, changes, micro_batches):
         expected[message.kind, members[message.over]] += message.moved
     by_kind = {kind: [sum(n for (k, _), n in found.items() if k == kind) for found in (counted.bytes, expected)]
