@@ -23,6 +23,8 @@ from llama.parallel.mesh import DIMENSIONS, MeshShape, mesh_shape
 
 # A rank that waits longer than this gives up. A slower node may still be encoding its data when others have joined.
 TIMEOUT = timedelta(minutes=30)
+# torchrun makes its store before it starts processes: one that cannot reach it will not later. PyTorch tries it twice.
+TIMEOUT_STORE = timedelta(minutes=1)
 PATIENCE = 60.0  # seconds until rank 0 says that it waits
 CONNECTED_AT_ONCE = 128  # more ranks than these are connected one by one
 GROUPS = 8  # process groups of a run, at most; in each of them a process has an open file for each other process
@@ -95,7 +97,9 @@ def join(sharding: str = "full", tensor_parallel: int = 1) -> Iterator[Process]:
     device = _own_device(launched)
     if launched.by_torchrun:
         with _store_that_may_go():
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            timeout = TIMEOUT_STORE if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else TIMEOUT
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store.set_timeout(TIMEOUT)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
         if launched.ignored:

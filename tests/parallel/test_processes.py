@@ -85,6 +85,25 @@ def test_a_first_node_that_has_ended_already_is_one_line_on_the_others(left, mon
         pass
 
 
+@pytest.mark.parametrize("made_by_torchrun, minutes", [("True", 1), ("False", 30)])
+def test_a_store_that_torchrun_has_made_is_not_waited_for_as_long_as_one_of_rank_0(
+    left, monkeypatch, made_by_torchrun, minutes
+):
+    """R9: rank 0 may still be encoding its data; what torchrun has made and cannot be reached is gone."""
+    waits = []
+
+    def rendezvous(address, timeout):
+        waits.append(timeout)
+        return iter([(dist.HashStore(), 9, 16)])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", made_by_torchrun)
+    with join() as process:
+        assert process.store.timeout == processes.TIMEOUT
+    assert waits == [timedelta(minutes=minutes)]
+
+
 @pytest.mark.parametrize(
     "ranks, limit, highest, raised_to, one_by_one",
     [(4, 1024, 4096, 1056, False), (4, 2000, 4096, None, False), (512, 1024, 2**20, 5120, True),
