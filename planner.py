@@ -51,16 +51,11 @@ def job_of(settings: PlannerSettings) -> Job:
         targets = tuple(settings.lora_targets.split(","))
         adapter = Adapter(settings.lora_rank, 16.0, settings.lora_dropout, settings.lora_variant, targets)
     changes = Changes(settings.quantize, adapter, settings.train_layers)
+    config = shape_of(settings.model)
     batch = Batch(settings.tokens, getattr(torch, settings.dtype))
-    return Job(
-        shape_of(settings.model),
-        changes.apply,
-        settings.optimizer,
-        batch,
-        settings.step_tokens or settings.gpus * settings.tokens,
-        min(settings.length, settings.tokens),
-        settings.defer_gradient_sync,
-    )
+    step_tokens = settings.step_tokens or settings.gpus * settings.tokens
+    document = min(settings.length, settings.tokens)
+    return Job(config, changes.apply, settings.optimizer, batch, step_tokens, document, settings.defer_gradient_sync)
 
 
 def compared(settings: PlannerSettings) -> list[Row]:

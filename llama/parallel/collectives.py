@@ -113,8 +113,6 @@ def wait_until_visible(path: Path) -> None:
     give_up = time.monotonic() + PATIENCE
     while not os.path.lexists(path):
         if time.monotonic() > give_up:
-            raise UserError(
-                f"{path}: another rank wrote it, but it is not visible here after {PATIENCE:.0f} s; expected one disk "
-                "that all machines share"
-            )
+            problem = f"another rank wrote it, but it is not visible here after {PATIENCE:.0f} s"
+            raise UserError(f"{path}: {problem}; expected one disk that all machines share")
         time.sleep(0.1)

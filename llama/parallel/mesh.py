@@ -62,8 +62,6 @@ def mesh_shape(sharding: str | None, tensor_parallel: int, world_size: int, loca
             "every node"
         )
     if nodes == 1:
-        raise UserError(
-            "--sharding hybrid: all processes are on one node, expected several nodes; on one node --sharding full "
-            "does the same"
-        )
+        problem = "all processes are on one node, expected several nodes"
+        raise UserError(f"--sharding hybrid: {problem}; on one node --sharding full does the same")
     return MeshShape(nodes, data_ranks // nodes, tensor_parallel)

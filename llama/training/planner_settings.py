@@ -46,9 +46,7 @@ class OneStep(Settings):
     defer_gradient_sync: bool = as_in_training("defer_gradient_sync")
     sharding: str = setting("all", "compare all, or only this one", choices=("all", *SHARDINGS))
     tensor_parallel: int = setting(0, "compare only this number of ranks that share a layer; 0: all", at_least=0)
-    activation_checkpointing: str = setting(
-        "all", "compare all, or only this one", choices=("all", *CHECKPOINTINGS)
-    )
+    activation_checkpointing: str = setting("all", "compare all, or only this one", choices=("all", *CHECKPOINTINGS))
 
 
 @dataclass(frozen=True, kw_only=True)
