@@ -59,11 +59,7 @@ def listing(folder: Path) -> str:
     lowest_loss = best(found)
     lines = []
     for path in found:
-        marks = {
-            "newest": path == found[-1],
-            "best": path == lowest_loss,
-            "pinned": (path / PIN).exists(),
-        }
+        marks = {"newest": path == found[-1], "best": path == lowest_loss, "pinned": (path / PIN).exists()}
         try:
             manifest = read_manifest(path)
             size = sum(file["bytes"] for file in manifest.files.values())

@@ -113,14 +113,7 @@ def _draw_training_loss(panel, curve: Curve, colour: str, name: str, single: boo
     if len(steps) < FEWEST_TO_SMOOTH:
         panel.plot(steps, losses, ".-", color=colour, linewidth=1.2, label=name)
         return
-    panel.plot(
-        steps,
-        losses,
-        color=colour,
-        alpha=0.35,
-        linewidth=0.8,
-        label=name if single else None,
-    )
+    panel.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.8, label=name if single else None)
     reach, means = smoothed(losses)
     panel.plot(
         steps[reach:-reach],

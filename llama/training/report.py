@@ -181,9 +181,7 @@ class Report:
         seconds = counts["seconds"]
         speed, memory = counts["tokens"] / seconds, peak_memory(self.process.device)
         assert self.progress is not None  # steps are taken inside `progress_bar`
-        self.progress.update(
-            facts=f"loss {loss:.4g}, rate {rate:.3g}, {speed:,.0f} tokens/s, {memory / 1e9:.3g} GB"
-        )
+        self.progress.update(facts=f"loss {loss:.4g}, rate {rate:.3g}, {speed:,.0f} tokens/s, {memory / 1e9:.3g} GB")
         if done % self.settings.log_every and done != self.plan.steps:
             return
         self.write(

@@ -63,9 +63,7 @@ class WhatToTrain(Settings):
     lora_alpha: float = setting(
         16.0, "the adapter's weight: scaled by alpha / rank (rslora: by alpha / sqrt(rank))", above=0
     )
-    lora_dropout: float = setting(
-        0.0, "part of an adapter's input that is dropped in training", at_least=0, below=1
-    )
+    lora_dropout: float = setting(0.0, "part of an adapter's input that is dropped in training", at_least=0, below=1)
     lora_targets: str = setting(
         ALL_LINEAR,
         f"linears with an adapter, with commas: {ALL_LINEAR} (in the layers), or ends of names like q_proj,v_proj",
@@ -102,9 +100,7 @@ class HowToTrain(Settings):
         None, f"peak rate; 2e-5, for an adapter 2e-4, for tiny {TINY_RECIPE['learning_rate']}", above=0
     )
     lr_schedule: str = setting("cosine", "what the rate does after the warm-up", choices=SCHEDULES)
-    warmup_ratio: float = setting(
-        0.05, "part of the steps over which the rate rises from 0", at_least=0, at_most=1
-    )
+    warmup_ratio: float = setting(0.05, "part of the steps over which the rate rises from 0", at_least=0, at_most=1)
     optimizer: str = setting("adamw", "adamw8bit keeps its moments in 8 bits", choices=OPTIMIZERS)
     beta2: float | None = setting(
         None,
@@ -166,9 +162,7 @@ class WhatToKeep(Settings):
         f"evaluate every N steps; 0: only before and after; 0, for tiny {TINY_RECIPE['eval_every']}",
         at_least=0,
     )
-    eval_limit: int = setting(
-        1000, "held-out examples to evaluate on, a fixed random choice; 0: all", at_least=0
-    )
+    eval_limit: int = setting(1000, "held-out examples to evaluate on, a fixed random choice; 0: all", at_least=0)
     sample_prompts: int = setting(
         2,
         "show the model's answers to so many held-out prompts, before and after training, and keep them in "
@@ -179,9 +173,7 @@ class WhatToKeep(Settings):
     save_minutes: float = setting(
         30.0, "save a checkpoint once the last one is so old; 0: only at the end, and when told to stop", at_least=0
     )
-    async_save: bool = setting(
-        False, "write checkpoints from a copy in the host's memory, while training goes on"
-    )
+    async_save: bool = setting(False, "write checkpoints from a copy in the host's memory, while training goes on")
     keep_checkpoints: int = setting(
         2,
         "newest checkpoints to keep, besides the one with the lowest held-out loss and those in which somebody put a "
