@@ -239,7 +239,7 @@ def table(results: list[dict]) -> str:
         kinds = [row["by_kind"].get(kind, [0])[0] for kind in ("all_gather", "reduce_scatter", "all_reduce")]
         cells = [f"{count / 1e6:.3f}" for count in (*kinds, row["sent"], row["sent_by_formula"])]
         cells.append(str(row["differences"] or "0"))
-        cells += [f"{row['sent'] / psi:.2f}", f"{row['ms']:.0f}"]
+        cells += [f"{row['sent'] / psi:.2f}", f"{row['ms']:.0f}" if row["ms"] else "-"]
         lines.append(f"| {row['ranks']} | {name_of(row['setting'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
