@@ -88,10 +88,9 @@ def heading(settings: PlannerSettings) -> str:
 
 
 def table(rows: list[Row], room: float, best: Row | None, limit: int) -> str:
-    """The fastest rows first; the best one is always among them."""
-    shown = rows[:limit] if limit else rows
-    if best and best not in shown:
-        shown = [*shown[:-1], best]
+    """Rows that fit come first, the fastest first among them; so the best one is always shown."""
+    ordered = sorted(rows, key=lambda row: row.peak > room)
+    shown = ordered[:limit] if limit else ordered
     lines = [aligned(HEADER)]
     for row in shown:
         verdict = "yes" if row.peak <= room else "no"

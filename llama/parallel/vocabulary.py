@@ -58,6 +58,8 @@ class SplitLlama(Llama):
         x = self._hidden_states(tokens, context, rows)
         weight = self.lm_head.weight
         local, is_mine = local_ids(targets, self.lm_head.own)
+        if not torch.is_grad_enabled():  # as in llama/model/loss.py, which says why
+            x, weight = x.detach(), weight.detach()
         chunk = CHUNK if weight.requires_grad else CHUNK_FROZEN
         return split_cross_entropy(x, weight, local, is_mine, chunk, self.tensor_group)
 
