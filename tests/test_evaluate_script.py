@@ -347,6 +347,7 @@ def test_files_of_an_earlier_result_stay_as_they_are_until_there_is_another(
     assert status == 2 and seen == [("kept", False)]
 
 
+@pytest.mark.slow
 def test_rows_without_labels_are_predicted_where_predictions_are_asked_for(
     exported, reviews, tmp_path, monkeypatch, capsys
 ):

@@ -58,7 +58,8 @@ def test_a_program_whose_result_is_in_files_works_on_in_silence(tmp_path, flush,
 
 @pytest.mark.parametrize("case, status, said", [
     ("nobody reads", 141, ""), ("full", 2, "output: No space left on device"),
-    ("closed", 2, "output: Bad file descriptor"), ("both are closed", 2, ""),
+    ("closed", 2, "output: Bad file descriptor"),
+    pytest.param("both are closed", 2, "", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_program_whose_result_is_printed_never_ends_with_status_0_when_it_is_lost(tmp_path, case, status, said):
     """And with no traceback: as other commands, in a pipe with the status of SIGPIPE."""

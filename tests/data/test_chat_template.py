@@ -146,7 +146,8 @@ LLAMA2 = (
 FITTING = {"chatml": SMOLLM2, "llama3": LLAMA31, "zephyr": ZEPHYR, "llama2": LLAMA2}
 
 
-@pytest.mark.parametrize("layout", FITTING)
+@pytest.mark.parametrize("layout", ["llama3", *(pytest.param(layout, marks=pytest.mark.slow) for layout in FITTING
+                                               if layout != "llama3")])  # fmt: skip
 def test_the_layout_is_the_one_that_writes_what_the_folders_template_writes(tmp_path, layout):
     """Whatever other control tokens the tokenizer has."""
     folder = folder_with(tmp_path / "model", FITTING[layout], (*CHATML, *HEADERS), bos=True)

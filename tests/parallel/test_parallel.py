@@ -247,7 +247,7 @@ def test_fsdp_on_one_rank_is_bitwise_the_plain_model(ranks, config):
 
 
 @pytest.mark.parametrize("options, dtype", [
-    ({"activation_checkpointing": "selective"}, torch.float32), ({"cpu_offload": True}, torch.bfloat16),
+    ({"activation_checkpointing": "selective"}, torch.float32), slow({"cpu_offload": True}, torch.bfloat16),
     slow({"activation_checkpointing": "full"}, torch.float32), slow({"cpu_offload": True}, torch.float32),
     slow({"activation_checkpointing": "full"}, torch.bfloat16), slow({"sharding": "grad"}, torch.float32),
     slow({"activation_checkpointing": "selective"}, torch.bfloat16), slow({"sharding": "grad"}, torch.bfloat16),

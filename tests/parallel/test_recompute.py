@@ -70,7 +70,7 @@ def counted(kind: str, config: ModelConfig = CONFIG) -> Counter:
     return operations.counts
 
 
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("biases", [pytest.param(False, marks=slow), True])
 def test_selective_computes_norms_again_but_no_product_and_no_attention(biases):
     """C36: full computes each linear of both layers twice but the last one, whose output the backward does not need."""
     config = replace(CONFIG, attention_bias=biases, mlp_bias=biases)
@@ -87,8 +87,8 @@ ADAPTERS = {"lora": Adapter(4, 8.0, dropout=0.2), "dora": Adapter(4, 8.0, varian
 
 
 @pytest.mark.parametrize("adapter, packed", [
-    (None, None), ("lora", "nf4"), ("dora", "int8"),
-    *(pytest.param(*case, marks=slow) for case in [("dora", "nf4"), ("lora", "int8"), ("dora", None)]),
+    ("dora", "nf4"),
+    *(pytest.param(*case, marks=slow) for case in [(None, None), ("dora", "int8"), ("lora", "nf4"), ("lora", None)]),
 ])  # fmt: skip
 def test_selective_keeps_rows_of_tokens_and_never_a_weight_made_whole(monkeypatch, adapter, packed):
     """C36, C40: of each linear one product, and attention, also under adapters and over a packed base; gradients are

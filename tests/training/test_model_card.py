@@ -68,6 +68,7 @@ def commands(folder: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_after_messages_transformers_builds_the_prompt_and_stops_where_the_turn_ends(run, monkeypatch):
     """C12: the base ends in another token. The card's own code, with the question that was trained."""
     folder = run(CHATS, epochs=100.0, max_steps=30, lr_schedule="constant") / "model"

@@ -158,6 +158,7 @@ def data(tmp_path_factory) -> Path:
     return write_reviews(tmp_path_factory.mktemp("data") / "data")
 
 
+@pytest.mark.slow
 def test_a_run_passes_on_what_it_writes_also_when_it_is_resumed(ranks, data, tmp_path):
     """Killed in step 4 after a checkpoint of step 2: the tracker has every step once, as metrics.jsonl has."""
     out = tmp_path / "out"
