@@ -25,6 +25,7 @@ import fsdp_train
 import planner
 from llama.model import PackedDocuments
 from llama.parallel import processes
+from llama.parallel.collectives import gather
 from llama.parallel.mesh import mesh_shape
 from llama.parallel.processes import join
 from llama.parallel.scheme import Scheme
@@ -88,7 +89,7 @@ def planned(folder: str, ranks: int, given: dict, tokens: int) -> tuple[int, flo
 
 
 def check(folder: str, tokens: int, chosen: list[int]) -> list[dict]:
-    """Real processes take two steps; what the first rank holds and held at most, beside the count. `chosen`: which of
+    """Real processes take two steps; what the fullest rank holds and held at most, beside the count. `chosen`: which of
     CHECKED, by number; none: all."""
     out = []
     print("| ranks | setting | MB of states: counted | held | peak: counted | measured | off |")
@@ -104,7 +105,7 @@ def check(folder: str, tokens: int, chosen: list[int]) -> list[dict]:
 
 
 def measure(folder: str, ranks: int, given: dict, tokens: int) -> dict:
-    """{"states": bytes, "peak": bytes} of rank 0 of a real run."""
+    """{"states": bytes, "peak": bytes} of the fullest rank of a real run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__,
                "--one_run", json.dumps(given), "--check", folder, "--tokens", str(tokens)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # mallopt(3)
@@ -135,8 +136,10 @@ def run(folder: str, given: dict, tokens: int) -> None:
         kept = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         moments = training_state(model, optimizer)["optimizer"]
         held = size(local_slice(tensor)[0] for tensor in (*kept, *moments.values()))
+        of_ranks = gather((held, resident("VmHWM") - before))
         if process.is_rank_zero:
-            print(json.dumps({"states": held, "peak": resident("VmHWM") - before}), flush=True)
+            states, peak = max(of_ranks)
+            print(json.dumps({"states": states, "peak": peak}), flush=True)
 
 
 def resident(field: str) -> int:
