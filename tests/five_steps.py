@@ -328,7 +328,7 @@ def differences(found: Result, expected: Result) -> dict[str, float]:
         kind = "moments" if "/optimizer " in name else "weights"
         if tensor.is_floating_point():  # not the codes of 8-bit moments
             found_by_kind[kind].append(float((tensor - expected.tensors[name]).abs().max()))
-    return {kind: float(np.max(values)) for kind, values in found_by_kind.items()}  # NaN, if there is one
+    return {kind: float(f"{np.max(values):.3g}") for kind, values in found_by_kind.items()}  # NaN, if there is one
 
 
 def are_equal(found: Result, expected: Result) -> bool:
