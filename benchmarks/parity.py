@@ -16,6 +16,7 @@ Ends with status 1 if a difference is larger than 1e-5 in float32, or 1e-10 in f
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -37,19 +38,28 @@ KINDS = ("loss", "norm", "weights")
 
 
 def attempted(compare, *names) -> dict:
-    """What `compare` finds; or that nothing is near, and why: the last line of the first rank that failed."""
+    """What `compare` finds; or why it failed: the last line of the first rank that did."""
     try:
         return compare(*names)
     except AssertionError as failed:
         first = str(failed).split("\n\n")[0].strip()
-        return dict.fromkeys(KINDS, float("nan")) | {"failed": first.splitlines()[-1][:300]}
+        return {"failed": first.splitlines()[-1][:300]}
+
+
+def largest(cases: dict[str, dict]) -> dict:
+    """Of each kind of difference the largest over all that is trained, and where it is."""
+    found = {}
+    for kind in (*KINDS, "moments") if cases else ():
+        where = max(cases, key=lambda name: cases[name].get(kind, math.inf))
+        found[kind] = {"largest": cases[where].get(kind), "in": where}
+    return found
 
 
 def cell(cases: dict[str, dict]) -> str:
-    """The largest of each kind over all that is trained."""
     if any("failed" in found for found in cases.values()):
         return "failed"
-    return ", ".join(f"{max(found[kind] for found in cases.values()):.0e}" for kind in KINDS) if cases else "-"
+    found = largest(cases)
+    return ", ".join(f"{found[kind]['largest']:.0e}" for kind in KINDS) if found else "-"
 
 
 def caption() -> str:
@@ -67,7 +77,7 @@ def chosen_names(asked: str, known, flag: str) -> list[str]:
 
 
 def print_parity(runs: Runs, settings: list[str], trained: list[str]) -> tuple[dict, list[str]]:
-    """The first table, row by row as it is found. Returns every number, and what is wrong."""
+    """The first table, row by row as it is found. Returns it, and what is wrong."""
     table, problems = {}, []
     print("| setting | ranks | float32: loss, norm, weights | float64: loss, norm, weights |\n|---|---|---|---|")
     for setting in settings:
@@ -80,7 +90,7 @@ def print_parity(runs: Runs, settings: list[str], trained: list[str]) -> tuple[d
                     if not is_near(cases[name], setting, dtype):
                         problems.append(f"{setting}, {name}, {dtype}: {cases[name]}")
             row[str(dtype).removeprefix("torch.")] = cases
-        table[setting] = {"ranks": chosen.ranks, "flags": chosen.flags} | row
+        table[setting] = {"ranks": chosen.ranks} | {name: largest(cases) for name, cases in row.items()}
         print(f"| {setting} | {chosen.ranks} | {cell(row['float32'])} | {cell(row['float64'])} |", flush=True)
     return table, problems
 
@@ -93,12 +103,13 @@ def print_moved(runs: Runs, settings: list[str], trained: list[str]) -> tuple[di
         cells = []
         for reader in settings:
             cases = {name: attempted(runs.moved, saver, reader, name) for name in trained}
-            table[f"{saver} -> {reader}"] = cases
+            is_equal = all(found.get("bitwise") for found in cases.values())
+            table[f"{saver} -> {reader}"] = {"equal": is_equal} | largest(cases)
             for name, found in cases.items():
                 must_be_equal = saver == reader
                 if not is_near(found, saver, torch.float32) or (must_be_equal and not found["bitwise"]):
                     problems.append(f"{saver} -> {reader}, {name}: {found}")
-            cells.append("equal" if all(found.get("bitwise") for found in cases.values()) else cell(cases))
+            cells.append("equal" if is_equal else cell(cases))
         print(f"| {saver} | {' | '.join(cells)} |", flush=True)
     return table, problems
 
@@ -107,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="", help="some names, with commas; all without")
     parser.add_argument("--trained", default="", help="what is trained: some names, with commas; all without")
-    parser.add_argument("--output", help="write every number to this JSON file")
+    parser.add_argument("--output", help="write both tables to this JSON file")
     args = parser.parse_args()
     settings = chosen_names(args.settings, SETTINGS, "--settings")
     trained = chosen_names(args.trained, TRAINED, "--trained")
