@@ -127,8 +127,10 @@ def _unpacked(model: Llama, dtype: torch.dtype) -> int:
 
 
 def _loss(model: Llama, batch: Batch) -> int:
-    """Bytes of a chunk's logits and, where lm_head is trained, of its gradient: in the compute dtype and in fp32."""
+    """Bytes of the logits in the loss and, where lm_head is trained, of its gradient: in fp32 and in the compute dtype.
+    The logits of one chunk are freed only when those of the next one are there."""
     head = model.lm_head.weight
-    chunk = min(CHUNK if head.requires_grad else CHUNK_FROZEN, batch.tokens)
-    numbers = chunk * head.shape[0] + (head.numel() if head.requires_grad else 0)
-    return numbers * (batch.dtype.itemsize + FP32)
+    chunk = CHUNK if head.requires_grad else CHUNK_FROZEN
+    logits = min(2 * chunk, batch.tokens) * head.shape[0]
+    copies = FP32 if batch.dtype == torch.float32 else FP32 + batch.dtype.itemsize
+    return logits * copies + (head.numel() * (FP32 + batch.dtype.itemsize) if head.requires_grad else 0)
