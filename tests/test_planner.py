@@ -49,8 +49,8 @@ def test_the_fastest_that_fits_is_marked_and_its_flags_are_the_trainer_s(monkeyp
 def test_where_nothing_fits_it_says_what_is_nearest_and_what_would_help(monkeypatch, capsys):
     out = say(monkeypatch, capsys, "--model", "8b", "--gpus", "1", "--gpu_memory", "24", "--rows", "2")
     assert "\nBEST" not in out and "nothing fits into 22.8 GB; nearest, " in out
-    assert "with --lora_rank 8: 18.6 GB, fits" in out and "with --gpus 4: 34.1 GB, does not fit either" in out
-    assert out.endswith("with --gpus 8: 17.1 GB, fits\n")
+    assert "with --lora_rank 8: 18.6 GB, fits" in out and "with --gpus 4: 34.2 GB, does not fit either" in out
+    assert out.endswith("with --gpus 8: 17.2 GB, fits\n")
 
 
 def test_a_folder_needs_only_its_config(tmp_path, monkeypatch, capsys):
