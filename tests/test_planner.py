@@ -133,8 +133,8 @@ def test_the_trainer_s_refusal_names_a_setting_that_fits(monkeypatch):
 
 @pytest.mark.slow
 def test_the_peak_of_a_real_run_is_within_15_percent(smollm2):
-    """SmolLM2 with an adapter on this machine's CPU, above what a process holds after its imports."""
+    """All of SmolLM2 trained on this machine's CPU: what tensors take above the weights' loading."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/memory.py"), "--check", str(smollm2), "--tokens",
-                           "512", "--only", "4"], text=True, capture_output=True, timeout=600)
+                           "512", "--only", "0"], text=True, capture_output=True, timeout=600)
     row = done.stdout.splitlines()[-1].split("|")
     assert row[3] == row[4] and abs(float(row[-2].strip(" %"))) <= 15, done.stdout + done.stderr[-3000:]
