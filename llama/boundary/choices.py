@@ -6,4 +6,5 @@ ADAPTER_VARIANTS = ("lora", "rslora", "dora")  # lora.py
 LARGEST_RANK = 1 << 16
 SCHEDULES = ("constant", "linear", "cosine")  # llama/training/optim.py
 OPTIMIZERS = ("adamw", "adamw8bit")
+CHECKPOINTINGS = ("none", "full", "selective")  # llama/parallel/recompute.py
 SHARDINGS = ("full", "grad", "hybrid", "zero1", "none")  # llama/parallel/mesh.py

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama.boundary.choices import SHARDINGS
+from llama.boundary.choices import CHECKPOINTINGS, SHARDINGS
 from llama.boundary.errors import UserError
 from llama.boundary.launch import launch
 from llama.model import Llama, ModelConfig
@@ -20,7 +20,7 @@ from llama.parallel.traffic import messages
 from llama.training.activations import Batch, activations
 from llama.training.forecast import Rates, seconds_of_step
 from llama.training.memory import Shapes, States, peak, states
-from llama.training.planner_settings import CHECKPOINTINGS, PlannerSettings
+from llama.training.planner_settings import PlannerSettings
 from llama.training.settings import FilledSettings
 
 

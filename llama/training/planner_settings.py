@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from llama.boundary.choices import SHARDINGS
+from llama.boundary.choices import CHECKPOINTINGS, SHARDINGS
 from llama.boundary.records import Settings, setting
 from llama.training.settings import TrainingSettings
 
@@ -14,9 +14,6 @@ def as_in_training(name: str) -> Any:
     """A flag of fsdp_train.py, with the same default, meaning and range."""
     (entry,) = (entry for entry in fields(TrainingSettings) if entry.name == name)
     return field(default=entry.default, metadata=entry.metadata)
-
-
-CHECKPOINTINGS: tuple[str, ...] = as_in_training("activation_checkpointing").metadata["choices"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llama.boundary.choices import (
     ADAPTER_VARIANTS,
     ALL_LINEAR,
+    CHECKPOINTINGS,
     LARGEST_RANK,
     OPTIMIZERS,
     QUANTIZED,
@@ -144,7 +145,7 @@ class WhereToTrain(Settings):
         "none",
         "full: keep only each layer's input and compute the rest again in the backward; selective: keep products with "
         "weights and attention, too (of compiled layers only attention)",
-        choices=("none", "full", "selective"),
+        choices=CHECKPOINTINGS,
     )
     compile: bool = setting(False, "compile each layer (half a minute at the start)")
 
